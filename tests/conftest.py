@@ -1,0 +1,28 @@
+"""What every test shares: hypothesis settings, a compilation cache, and the `gpu` marker."""
+
+import os
+import pathlib
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile(
+    "lowbit", max_examples=50, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("lowbit")
+
+# Compiling dominates the suite: a second run, and the other worker, reuse what one has compiled.
+_CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests marked `gpu` where JAX sees no CUDA device."""
+    if jax.default_backend() == "gpu":
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
