@@ -1,0 +1,106 @@
+"""Rounding to a grid: to nearest with ties to the even code, or stochastically.
+
+Nearest is what `astype` to the 4- and 8-bit float dtypes does inside their range; beyond it, where
+a float8 cast gives NaN or infinity, we saturate.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lowbit_jax.numerics.floats import floor_log2, power_of_two
+from lowbit_jax.numerics.formats import Format
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+def round_to_grid(
+    y: Float[Array, "*shape"],
+    format: Format,
+    rounding: Rounding = "nearest",
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "*shape"]:
+    """The level of `format` that `y` rounds to, float32; saturates at the outermost levels.
+
+    Args:
+      y: In units of the scale, any float dtype; finite.
+      format: The grid.
+      rounding: "nearest" breaks ties to the even code; "stochastic": see `stochastic_round`.
+      key: For stochastic rounding.
+
+    Returns:
+      Levels, same shape. A float format keeps the sign of zero, the others have one zero.
+
+    Raises:
+      ValueError: If stochastic rounding is asked for without a key.
+    """
+    if rounding == "stochastic":
+        if key is None:
+            raise ValueError(
+                "round_to_grid: stochastic rounding needs a random key, got key=None; pass"
+                " key=jax.random.key(...), a new one every step."
+            )
+        return stochastic_round(y, format, key)
+    y = y.astype(jnp.float32)
+    if format.kind == "midrise":
+        # Not round(y - 1/2) + 1/2, which loses the sign of a tiny y.
+        j = jnp.floor(y)
+        is_tie = j == y
+        is_odd = j != 2 * jnp.floor(j * np.float32(0.5))
+        j = jnp.where(is_tie & is_odd, j - 1, j)
+        half_count = 2.0 ** (format.bits - 1)
+        return jnp.clip(j, -half_count, half_count - 1) + np.float32(0.5)
+    y = jnp.clip(y, -format.max, format.max)
+    if format.kind == "integer":
+        rounded = jnp.round(y)
+        return jnp.where(rounded == 0, np.float32(0), rounded)  # two's complement has no -0
+    step, inverse_step = _float_steps(y, format)
+    return jnp.round(y * inverse_step) * step
+
+
+def stochastic_round(
+    x: Float[Array, "*shape"], format: Format, key: PRNGKeyArray
+) -> Float[Array, "*shape"]:
+    """Rounds up with probability `(x - lo) / (hi - lo)`, `lo <= x <= hi` the neighbouring levels.
+
+    Unbiased between the outermost levels: `E[result] = x` up to `2**-32 (hi - lo)`, the resolution
+    of the random bits. Beyond them it saturates, which is a bias; a scale rule that never clips
+    avoids it.
+
+    Args:
+      x: In units of the scale, any float dtype; finite.
+      format: The grid.
+      key: One random key; every element draws its own 32 bits.
+
+    Returns:
+      Levels in float32, same shape.
+    """
+    y = jnp.clip(x.astype(jnp.float32), -format.max, format.max)
+    magnitude = jnp.abs(y)
+    bits = jax.random.bits(key, y.shape, jnp.uint32)
+    # The magnitude is rounded, not y: a tiny negative y has no exact distance to the level below.
+    if format.kind == "float":
+        step, inverse_step = _float_steps(y, format)
+    else:
+        step = inverse_step = np.float32(1)
+    count = magnitude * inverse_step
+    low = jnp.floor(count)
+    fraction = ((count - low) * np.float32(2.0**32)).astype(jnp.uint32)
+    if format.kind == "midrise":
+        # Levels lie half a step off the integers: add 1/2 to the fraction modulo 1.
+        low = jnp.where(fraction < np.uint32(2**31), low - np.float32(0.5), low + np.float32(0.5))
+        fraction = fraction + np.uint32(2**31)
+    rounded = jnp.where(bits < fraction, low + 1, low) * step
+    rounded = jnp.where(y < 0, -rounded, rounded)
+    if format.kind == "integer":
+        return jnp.where(rounded == 0, np.float32(0), rounded)
+    return rounded
+
+
+def _float_steps(y, format):
+    """Distance between the levels round `y`, and its inverse; both powers of two."""
+    exponent = jnp.maximum(floor_log2(y), 1 - format.bias) - format.mantissa_bits
+    return power_of_two(exponent), power_of_two(-exponent)

@@ -1,0 +1,315 @@
+"""Scale rules: from a block of numbers to the scale that its codes are multiplied by.
+
+`x ~ codes * scales * global_scale`: scales multiply, always. Rules by what they store:
+
+- float32: `absmax`, `rms`.
+- E8M0, a power of two kept as its biased exponent in uint8 (0xFF is NaN): the `absmax_floor`,
+  `absmax_floor43`, `absmax_ceil`, `absmax_ct175`, `rms_nearest` and `std_floor` rules.
+- E4M3 with one float32 scale for the whole array: `absmax_e4m3` (NVFP4) and
+  `absmax_e4m3_four_over_six`.
+
+With a the abs-max of the block, m the outermost level and emax its exponent:
+
+===========================  ====================================================================
+`absmax`                     `a / m`
+`absmax_floor`               `2^(floor(log2 a) - emax)`; the largest values clip. The rule of the
+                             OCP MX specification v1.0, section 6.3.
+`absmax_floor43`             4/3 of it, never clips where m is at least `1.5 * 2^emax`, as it is
+                             for every float format. The 4/3 is not a power of two, so it is the
+                             `global_scale`. Castro et al., Quartet, arXiv:2505.14669 (backward
+                             pass); Egiazarian et al., Bridging the Gap Between Promise and
+                             Performance for Microscaling FP4 Quantization (MR-GPTQ),
+                             arXiv:2509.23202.
+`absmax_ceil`                `2^ceil(log2(a / m))`, never clips.
+`absmax_ct175`               `absmax_floor` of an a whose mantissa, if 1.75 or more, was rounded up
+                             to the next power of two. The rule of compressed-tensors; the least
+                             error on Gaussian data of the powers of two.
+`absmax_e4m3`                `E4M3(a / (m * global_scale))`, `global_scale = max a / (448 m)`.
+`absmax_e4m3_four_over_six`  The better, by squared error, of that and 1.5 times it, which puts the
+                             abs-max on 4 instead of 6; ties to six; 256 instead of 448 leaves the
+                             room. Castro et al., Quartet II, arXiv:2601.22813.
+`rms`                        `alpha * rms / m`, alpha the clipping point that minimises the squared
+                             error on Gaussian data. Panferov et al., QuEST, arXiv:2502.05003,
+                             section 3.
+`rms_nearest`, `std_floor`   `2^round` and `2^floor` of `log2(alpha / 6 * rms)` or of the
+                             mean-subtracted standard deviation. `std_floor` is what Quartet's
+                             published code does in the forward pass; `rms_nearest` fits the errors
+                             that the paper reports.
+===========================  ====================================================================
+
+Where we differ: QuEST's and Quartet's code adds 1e-8 to the scale (before the logarithm, in the
+second); we do not, so that multiplying the input by a power of two multiplies the result by it
+exactly. A row of zeros then gets the scale 0. NVIDIA's NVFP4 recipe divides by `448 * 6 / amax`;
+we multiply by the inverse. An asymmetric integer rule would need a zero point, which `QTensor`
+does not carry.
+
+A zero block stores scale 0 (E8M0: code 0), a block with a non-finite entry a NaN scale. A block
+whose abs-max is subnormal counts as zero, for XLA flushes subnormals on some devices.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from lowbit_jax.numerics.floats import (
+    SMALLEST_NORMAL,
+    absmax,
+    float_bits,
+    order_free_sum,
+    reciprocal,
+    root_mean_square,
+    times_power_of_two,
+)
+from lowbit_jax.numerics.formats import E4M3, Format
+from lowbit_jax.numerics.rounding import Rounding, round_to_grid
+
+ScaleRule = Literal[
+    "absmax",
+    "absmax_floor",
+    "absmax_floor43",
+    "absmax_ceil",
+    "absmax_ct175",
+    "absmax_e4m3",
+    "absmax_e4m3_four_over_six",
+    "rms",
+    "rms_nearest",
+    "std_floor",
+]
+
+POWER_OF_TWO_RULES = (
+    "absmax_floor",
+    "absmax_floor43",
+    "absmax_ceil",
+    "absmax_ct175",
+    "rms_nearest",
+    "std_floor",
+)
+E4M3_RULES = ("absmax_e4m3", "absmax_e4m3_four_over_six")
+RMS_RULES = ("rms", "rms_nearest", "std_floor")
+
+# The clipping points of QuEST's published code: the outermost level in units of the standard
+# deviation. From 4 bits on they lie a little below the true optima (2.51401, 2.91615, 3.27799,
+# 3.6111, 3.9222), which costs less than 0.2 % of the error.
+GAUSSIAN_ALPHA = {
+    "midrise1": 0.7978845587140913,
+    "ternary": 1.2240089519030855,
+    "midrise2": 1.4935346200015913,
+    "midrise3": 2.051068354131873,
+    "midrise4": 2.513930578568423,
+    "midrise5": 2.9160938834961225,
+    "midrise6": 3.276597282593217,
+    "midrise7": 3.6010497188221655,
+    "midrise8": 3.884938678807525,
+    "e2m1": 2.92247856,
+}
+
+_E8M0_NAN = 0xFF
+_E4M3_NAN = 0x7F
+
+
+class BlockScales(NamedTuple):
+    """Scales of blocks, as they are stored.
+
+    Attributes:
+      scales: float32, uint8 (E8M0) or float8_e4m3fn; the blocks' shape with the reduced axes kept.
+      global_scale: float32 scalar or None.
+      is_live: bool like `scales`: neither a zero block nor a non-finite one.
+    """
+
+    scales: jax.Array
+    global_scale: jax.Array | None
+    is_live: jax.Array
+
+
+def check_parts(rule: str, format: Format, block_size: int | str | None, rounding: str) -> None:
+    """Raises a ValueError if the parts of a `QuantSpec` do not go together."""
+    if not (block_size in (None, "tensor") or (isinstance(block_size, int) and block_size > 0)):
+        raise ValueError(
+            "QuantSpec: block_size must be a positive int, None (a row) or 'tensor', got"
+            f" {block_size!r}."
+        )
+    if rounding not in get_args(Rounding):
+        raise ValueError(
+            f"QuantSpec: rounding must be 'nearest' or 'stochastic', got {rounding!r}."
+        )
+    if rule not in get_args(ScaleRule):
+        raise ValueError(
+            f"QuantSpec: no scale rule {rule!r}; choose one of {', '.join(get_args(ScaleRule))}."
+        )
+    if block_size == "tensor" and rule != "absmax":
+        raise ValueError(
+            f"QuantSpec: block_size 'tensor' goes with scale 'absmax' only, got {rule!r}; use an"
+            " integer block_size, or None for a scale a row."
+        )
+    if rule in RMS_RULES and format.name not in GAUSSIAN_ALPHA:
+        raise ValueError(
+            f"QuantSpec: {rule!r} has no Gaussian clipping point for {format.name}; choose one of"
+            f" {', '.join(GAUSSIAN_ALPHA)}, or an absmax rule."
+        )
+    if rule in POWER_OF_TWO_RULES and format.kind == "midrise":
+        raise ValueError(
+            f"QuantSpec: {rule!r} is defined for float and integer formats, got {format.name}; use"
+            " 'absmax' or 'rms'."
+        )
+    if rule == "absmax_floor43" and format.kind != "float":
+        raise ValueError(
+            f"QuantSpec: 'absmax_floor43' is for float formats, got {format.name}; use"
+            " 'absmax_ceil', which never clips either."
+        )
+    if rule in E4M3_RULES and not (format.name == "e2m1" or format.kind == "integer"):
+        raise ValueError(
+            f"QuantSpec: {rule!r} goes with e2m1 or integer formats, got {format.name}; use"
+            " 'absmax' or 'absmax_floor'."
+        )
+    if rule in E4M3_RULES and block_size is None:
+        raise ValueError(
+            f"QuantSpec: {rule!r} needs an integer block_size, got None; NVFP4 has 16."
+        )
+    if rule == "absmax_e4m3_four_over_six" and format.name != "e2m1":
+        raise ValueError(f"QuantSpec: {rule!r} is defined for e2m1 only, got {format.name}.")
+    if rule == "absmax_e4m3_four_over_six" and rounding == "stochastic":
+        raise ValueError(
+            f"QuantSpec: {rule!r} with stochastic rounding is biased, for the choice of scale"
+            " depends on the error; use 'absmax_e4m3'."
+        )
+    if rule == "std_floor" and (
+        not isinstance(block_size, int) or block_size & (block_size - 1) != 0
+    ):
+        raise ValueError(
+            f"QuantSpec: 'std_floor' needs a block_size that is a power of two, got {block_size};"
+            " use 'rms_nearest'."
+        )
+
+
+def block_scales(
+    blocks: Float[Array, "..."], format: Format, rule: ScaleRule, axis: int | tuple[int, ...] = -1
+) -> BlockScales:
+    """The scale of each block by `rule`; see the table of the module.
+
+    Args:
+      blocks: Any float dtype; computed in float32.
+      format: The grid that the scale is for.
+      rule: Name of the rule; `check_parts` says what it goes with.
+      axis: The axes of one block; the `rms` and E4M3 rules take the last one only.
+
+    Returns:
+      `BlockScales`. Not differentiated anywhere in this package.
+    """
+    blocks = blocks.astype(jnp.float32)
+    a = absmax(blocks, axis)
+    is_finite = jnp.isfinite(a)
+    is_live = is_finite & (a >= SMALLEST_NORMAL)
+    if rule in POWER_OF_TWO_RULES:
+        exponent = _scale_exponent(blocks, a, format, rule)
+        # Above 127 - emax the outermost level itself would overflow float32.
+        four_thirds = rule == "absmax_floor43"
+        exponent = jnp.clip(exponent, -127, 127 - format.max_exponent - four_thirds)
+        codes = jnp.where(is_live, exponent + 127, 0)
+        codes = jnp.where(is_finite, codes, _E8M0_NAN).astype(jnp.uint8)
+        global_scale = jnp.asarray(4 / 3, jnp.float32) if four_thirds else None
+        return BlockScales(codes, global_scale, is_live)
+    if rule in E4M3_RULES:
+        return _e4m3_scales(blocks, a, is_finite, is_live, format, rule)
+    if rule == "rms":
+        scales = root_mean_square(blocks) * np.float32(GAUSSIAN_ALPHA[format.name] / format.max)
+    else:
+        scales = a * reciprocal(format.max)
+    is_live = is_live & (scales >= SMALLEST_NORMAL)
+    scales = jnp.where(is_live, scales, np.float32(0))
+    return BlockScales(jnp.where(is_finite, scales, np.float32(np.nan)), None, is_live)
+
+
+def divide_by_scales(
+    blocks: Float[Array, "..."], scales: jax.Array, global_scale: jax.Array | None
+) -> Float[Array, "..."]:
+    """`blocks / (scales * global_scale)` in float32, exact for powers of two.
+
+    Meaningless where the scale is zero or NaN: mask with `BlockScales.is_live`.
+    """
+    blocks = blocks.astype(jnp.float32)
+    if scales.dtype == jnp.uint8:
+        quotient = times_power_of_two(blocks, 127 - scales.astype(jnp.int32))
+        # The only global scale of a power-of-two rule is 4/3, whose inverse float32 holds exactly.
+        return quotient if global_scale is None else quotient * np.float32(0.75)
+    effective = scales.astype(jnp.float32)
+    if global_scale is not None:
+        effective = effective * global_scale
+    return blocks / jnp.where(effective == 0, np.float32(1), effective)
+
+
+def multiply_by_scales(
+    values: Float[Array, "..."], scales: jax.Array, global_scale: jax.Array | None
+) -> Float[Array, "..."]:
+    """`values * scales * global_scale` in float32, left to right; NaN where the scale is NaN.
+
+    E8M0 scales are exact, `2**-127` included, unless the product itself is subnormal.
+    """
+    values = values.astype(jnp.float32)
+    if scales.dtype == jnp.uint8:
+        product = times_power_of_two(values, scales.astype(jnp.int32) - 127)
+        product = jnp.where(is_nan_scale(scales), np.float32(np.nan), product)
+    else:
+        product = values * scales.astype(jnp.float32)
+    return product if global_scale is None else product * global_scale
+
+
+def is_nan_scale(scales: jax.Array) -> Bool[Array, "..."]:
+    """True for the scale of a block that held a NaN or an infinity, whatever it is stored in."""
+    if scales.dtype == jnp.uint8:
+        return scales == _E8M0_NAN
+    return jnp.isnan(scales.astype(jnp.float32))
+
+
+def _scale_exponent(blocks, a, format, rule):
+    """Exponent of a power-of-two scale, before it is clipped to what E8M0 holds.
+
+    Every rounding of a logarithm is a number added to the bit pattern before the mantissa is
+    shifted out: the distance from the mantissa at which it rounds up to the next power of two.
+    """
+    value, target_exponent, up = a, format.max_exponent, 0
+    if rule == "absmax_ceil":
+        max_mantissa = int(np.float32(format.max).view(np.int32)) & 0x7FFFFF
+        up = 0x7FFFFF - max_mantissa  # beyond the mantissa of m
+    elif rule == "absmax_ct175":
+        up = 1 << 21  # from 1.75
+    elif rule in ("rms_nearest", "std_floor"):
+        value = root_mean_square(blocks, subtract_mean=rule == "std_floor")
+        value = value * np.float32(GAUSSIAN_ALPHA[format.name] / format.max)
+        target_exponent = 0
+        if rule == "rms_nearest":
+            up = (1 << 23) - int(np.ceil((np.sqrt(2) - 1) * 2**23))  # beyond sqrt(2)
+    return ((float_bits(value) + up) >> 23) - 127 - target_exponent
+
+
+def _e4m3_scales(blocks, a, is_finite, is_live, format, rule):
+    """E4M3 scales and their global scale, from the abs-max of the finite blocks."""
+    four_over_six = rule == "absmax_e4m3_four_over_six"
+    headroom = 256.0 if four_over_six else E4M3.max
+    amax = jnp.max(jnp.where(is_finite, a, 0))
+    global_scale = amax * reciprocal(headroom * format.max)
+    global_scale = jnp.where(global_scale < SMALLEST_NORMAL, np.float32(1), global_scale)
+    target = jnp.where(is_live, a, 0) / (global_scale * np.float32(format.max))
+    scales = round_to_grid(target, E4M3)
+    if four_over_six:
+        wider = round_to_grid(target * np.float32(1.5), E4M3)
+        error = _squared_error(blocks, scales, global_scale, is_live, format)
+        wider_error = _squared_error(blocks, wider, global_scale, is_live, format)
+        scales = jnp.where(wider_error < error, wider, scales)
+    is_live = is_live & (scales > 0)
+    codes = lax.bitcast_convert_type(scales.astype(E4M3.storage), jnp.uint8)
+    codes = jnp.where(is_finite, jnp.where(is_live, codes, 0), _E4M3_NAN).astype(jnp.uint8)
+    return BlockScales(lax.bitcast_convert_type(codes, E4M3.storage), global_scale, is_live)
+
+
+def _squared_error(blocks, scales, global_scale, is_live, format):
+    """Squared rounding error of each block over `global_scale**2`, equal bits however compiled."""
+    units = jnp.where(is_live, divide_by_scales(blocks, scales, global_scale), 0)
+    error = units - round_to_grid(units, format)
+    # Within (-1, 1) for the sum: the error is at most 1 inside the grid, and the abs-max is at
+    # most twice 6 even where a subnormal scale was rounded to half of what was asked for.
+    error = error * np.float32(1 / 16)
+    return order_free_sum(error * error) * (scales * scales)

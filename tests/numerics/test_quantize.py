@@ -1,0 +1,305 @@
+import dataclasses
+
+import chex
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit_jax.numerics import (
+    E5M2,
+    FP8_E4M3,
+    FP8_E4M3_TENSOR,
+    INT2,
+    INT4,
+    INT8,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NVFP4,
+    NVFP4_FOUR_OVER_SIX,
+    PRESETS,
+    QUEST_INT1,
+    QUEST_INT3,
+    QUEST_MXFP4,
+    QTensor,
+    QuantSpec,
+    dequantize,
+    integer,
+    quantize,
+    quantize_values,
+)
+
+FLOOR43 = dataclasses.replace(MXFP4, scale="absmax_floor43")
+STD_FLOOR = dataclasses.replace(QUEST_MXFP4, scale="std_floor")
+# One of each path through the code; every preset would compile for a minute.
+SPECS = [
+    *(INT2, INT4, INT8, QUEST_INT1, QUEST_INT3, FP8_E4M3, FP8_E4M3_TENSOR, QuantSpec(E5M2, 32)),
+    *(MXFP4, FLOOR43, MXFP6, MXFP8, QUEST_MXFP4, STD_FLOOR, NVFP4, NVFP4_FOUR_OVER_SIX),
+    QuantSpec(integer(4), 16, "absmax_e4m3"),
+]
+SHAPE = (4, 128)  # one shape, so that every test meets compiled functions
+
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
+
+
+def numbers(largest, smallest=0.0):
+    """float32 arrays with many repeats, zeros and magnitudes far apart."""
+    size = st.floats(smallest, largest, width=32)
+    elements = st.one_of(st.just(0.0), size, size.map(lambda value: -value))
+    return hnp.arrays(np.float32, SHAPE, elements=elements)
+
+
+def same_bits(a, b):
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def assert_same_leaves(a, b):
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    assert all(map(same_bits, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@given(numbers(2.0**120))
+def test_values_equal_the_dequantized_codes_bit_for_bit(run, x):
+    for spec in SPECS:
+        q, dequantized, values, units = run(x, spec)
+        assert same_bits(dequantized, values), spec
+        assert np.isfinite(values).all(), spec
+        assert np.isfinite(units).all(), spec
+        assert q.shape == x.shape
+        assert q.codes.dtype == spec.format.storage
+
+
+@given(numbers(2.0**120))
+def test_bfloat16_input_gives_the_codes_of_its_upcast(run, x):
+    low = jnp.asarray(x).astype(jnp.bfloat16)
+    for spec in [INT4, QUEST_INT3, MXFP4, STD_FLOOR, NVFP4_FOUR_OVER_SIX]:
+        assert_same_leaves(run(low, spec)[0], run(low.astype(jnp.float32), spec)[0])
+
+
+@given(numbers(2.0**30, 2.0**-30), st.integers(-30, 30))
+def test_power_of_two_scaling_commutes(run, x, exponent):
+    factor = np.float32(2.0**exponent)
+    for spec in SPECS:
+        assert np.array_equal(run(x * factor, spec)[2], run(x, spec)[2] * factor), spec
+
+
+@given(numbers(2.0**60, 2.0**-60))
+def test_negating_negates_off_ties(run, x):
+    for spec in SPECS:
+        values, units = run(x, spec)[2:]
+        mirrored = -np.asarray(run(-x, spec)[2])
+        is_tie = np.asarray(units) == np.floor(units)
+        # Ties of mid-rise lie on the integers, and the even one of two codes mirrors to the odd.
+        if spec.format.kind != "midrise":
+            is_tie = np.zeros_like(is_tie)
+        assert np.array_equal(values, np.where(is_tie, values, mirrored)), spec
+
+
+@given(numbers(2.0**60, 2.0**-60))
+def test_values_lie_on_the_grid_of_the_stored_scale(run, x):
+    # So rounding again with that scale, instead of a new one, changes nothing.
+    for spec in SPECS:
+        q, _, values, _ = run(x, spec)
+        scales = np.asarray(q.scales)
+        scales = scales.astype(np.float64) if scales.dtype != np.uint8 else 2.0 ** (scales - 127.0)
+        scales = scales * (1 if q.global_scale is None else np.float64(q.global_scale))
+        size = {None: 128, "tensor": 512}.get(spec.block_size, spec.block_size)
+        blocks = np.asarray(values, np.float64).reshape(-1, size)
+        scales = scales.reshape(-1, 1)
+        live = scales[:, 0] > 0
+        units = blocks[live] / scales[live]
+        grid = spec.format.grid
+        above = np.clip(np.searchsorted(grid, units), 1, len(grid) - 1)
+        distance = np.minimum(abs(units - grid[above - 1]), abs(units - grid[above]))
+        # Bound: a value is the product of three float32, rounded at most twice.
+        assert np.all(distance <= 2 * 2.0**-24 * abs(units)), spec
+        assert np.all(blocks[~live] == 0), spec
+
+
+@given(numbers(2.0**60, 2.0**-60))
+def test_ocp_formats_are_idempotent_although_the_scale_is_found_again(run, x):
+    for spec in [MXFP4, MXFP6, MXFP8]:
+        values = run(x, spec)[2]
+        assert np.array_equal(run(values, spec)[2], values), spec
+
+
+@given(numbers(2.0**60))
+def test_zero_blocks_store_zero_codes_and_scales(run, x):
+    x[1] = np.where(x[1] < 0, -0.0, 0.0)
+    for spec in SPECS:
+        q, _, values, units = run(x, spec)
+        if spec.block_size != "tensor":
+            assert not np.any(np.asarray(q.scales[1]).view(np.uint8)), spec
+        if spec.format.kind != "midrise" and spec.block_size != "tensor":
+            assert not np.any(np.asarray(q.codes[1]).view(np.uint8)), spec
+        assert np.all(np.asarray(values[1]) == 0), spec
+        assert np.all(np.asarray(units[1]) == 0), spec
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@each_spec
+def test_non_finite_blocks_decode_to_nan_as_a_whole_and_alone(run, spec, bad):
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    x[2] /= 2  # so that the abs-max of the array lies elsewhere
+    clean = np.asarray(run(np.where(np.arange(4)[:, None] == 2, 0, x), spec)[2])
+    x[2, 5] = bad
+    q, *results = run(x, spec)
+    dequantized, values, units = map(np.asarray, results)
+    size = {None: 128, "tensor": 512}.get(spec.block_size, spec.block_size)
+    expected = np.zeros(SHAPE, bool)
+    expected.reshape(-1, size)[(2 * 128 + 5) // size] = True
+    for result in (dequantized, values, units):
+        np.testing.assert_array_equal(np.isnan(result), expected)
+    marker = {1: 0xFF if q.scales.dtype == jnp.uint8 else 0x7F}.get(q.scales.dtype.itemsize)
+    if marker is not None:
+        stored = np.asarray(q.scales).view(np.uint8)
+        np.testing.assert_array_equal(stored == marker, expected.reshape(4, -1, size)[..., 0])
+    # The other rows are as if the bad one were absent: NVFP4's global scale ignores bad blocks.
+    if spec.block_size != "tensor":
+        rows = [0, 1, 3]
+        np.testing.assert_array_equal(values[rows], clean[rows])
+
+
+@each_spec
+def test_a_single_huge_outlier_survives(run, spec):
+    x = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+    x[1, 7] = -(2.0**100)
+    values = np.asarray(run(x, spec)[2])
+    assert np.isfinite(values).all()
+    if "rms" in spec.scale or "std" in spec.scale:
+        # The outlier clips: alpha times rms, the row's rms being |outlier| / sqrt(block).
+        assert 2.0**96 < -values[1, 7] < 2.0**100
+    else:
+        # Bound: half of the widest step is an eighth; floor clips by at most a quarter.
+        np.testing.assert_allclose(values[1, 7], x[1, 7], rtol=0.25)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [INT4, QUEST_INT3, STD_FLOOR, NVFP4_FOUR_OVER_SIX],
+    ids=str,
+)
+def test_eager_jit_and_vmap_give_the_same_bits(run, spec):
+    rng = np.random.default_rng(2)
+    x = (rng.standard_t(3, (3, *SHAPE)) * 2.0 ** rng.integers(-20, 20, (3, 4, 1))).astype("f4")
+    x[0, 0, :64] = 0
+    x[1, 1, 3] = np.nan
+    x[2, 3] *= np.float32(2.0**-115)
+    compiled = [run(x[i], spec) for i in range(3)]
+    eager = quantize(jnp.array(x[0]), spec)
+    assert_same_leaves(eager, compiled[0][0])
+    assert same_bits(dequantize(eager), compiled[0][1])
+    mapped = jax.jit(jax.vmap(lambda y: quantize(y, spec)))(x)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(c[0] for c in compiled))
+    assert_same_leaves(mapped, stacked)
+
+
+def test_qtensors_pass_through_jit_vmap_scan_and_tree_map(run):
+    x = np.random.default_rng(3).standard_normal((3, *SHAPE)).astype(np.float32)
+    for spec in [NVFP4, QUEST_INT3]:
+        stack = jax.jit(jax.vmap(lambda y, spec=spec: quantize(y, spec)))(x)
+        assert stack.spec is spec
+
+        def step(count, q):
+            return count + 1, dequantize(q)
+
+        _, scanned = jax.jit(lambda stack, step=step: jax.lax.scan(step, 0, stack))(stack)
+        for i in range(3):
+            q = jax.tree.map(lambda leaf, i=i: leaf[i], stack)
+            assert isinstance(q, QTensor)
+            np.testing.assert_array_equal(scanned[i], run(x[i], spec)[1])
+        structure = jax.eval_shape(lambda y, spec=spec: quantize(y, spec), jnp.array(x[0]))
+        assert structure.shape == SHAPE
+        assert jax.tree.map(np.shape, q).scales == np.shape(q.scales)
+
+
+def test_leaves_are_dtypes_that_checkpoints_keep(tmp_path):
+    x = jnp.array(np.random.default_rng(4).standard_normal(SHAPE), jnp.float32)
+    tree = {
+        name: jax.eval_shape(lambda y, s=spec: quantize(y, s), x) for name, spec in PRESETS.items()
+    }
+    allowed = {"uint8", "int8", "float8_e4m3fn", "float8_e5m2", "float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} == allowed
+    saved = {"mx": quantize(x, MXFP4), "nv": quantize(x, NVFP4), "fp8": quantize(x, FP8_E4M3)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", saved)
+    assert_same_leaves(restored, saved)
+    assert restored["nv"].spec == NVFP4
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (INT4, 4 + 32 / 128),
+        (MXFP4, 4.25),
+        (MXFP6, 6.25),
+        (MXFP8, 8.25),
+        (NVFP4, 4.5 + 32 / 512),
+        (QUEST_INT3, 3 + 32 / 128),
+        (FP8_E4M3_TENSOR, 8 + 32 / 512),
+    ],
+    ids=str,
+)
+def test_bytes_are_what_the_format_promises(spec, expected):
+    q = jax.eval_shape(lambda: quantize(jnp.ones(SHAPE), spec))
+    assert q.bits_per_param == expected  # Exact, the global scale of 32 bits included.
+    assert q.nbytes * 8 == expected * 512
+    once = 32 / 512 if spec in (NVFP4, FP8_E4M3_TENSOR) else 0
+    assert spec.bits_per_param(128) == expected - once
+
+
+def test_scales_have_the_documented_shapes():
+    def shapes(spec, shape):
+        q = jax.eval_shape(lambda: quantize(jnp.ones(shape), spec))
+        return q.codes.shape, q.scales.shape, q.shape
+
+    assert shapes(MXFP4, (2, 3, 64)) == ((2, 3, 32), (2, 3, 2), (2, 3, 64))
+    assert shapes(QUEST_INT3, (2, 3, 64)) == ((2, 3, 24), (2, 3, 1), (2, 3, 64))
+    assert shapes(FP8_E4M3_TENSOR, (2, 3, 64)) == ((2, 3, 64), (2, 1, 1), (2, 3, 64))
+    assert shapes(FP8_E4M3_TENSOR, (3, 64)) == ((3, 64), (1, 1), (3, 64))
+    assert shapes(FP8_E4M3_TENSOR, (64,)) == ((64,), (1,), (64,))
+
+
+def test_stochastic_codes_follow_the_key_and_average_to_the_input(run):
+    spec = dataclasses.replace(FLOOR43, rounding="stochastic")
+    x = np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32)
+    first, again = run(x, spec, jax.random.key(0)), run(x, spec, jax.random.key(0))
+    assert_same_leaves(first[0], again[0])
+    assert same_bits(first[1], first[2])
+    assert not same_bits(first[1], run(x, spec, jax.random.key(1))[1])
+    keys = jax.random.split(jax.random.key(2), 1024)
+    sample = jax.jit(jax.vmap(lambda key: quantize_values(jnp.array(x), spec, key=key)[0]))(keys)
+    sample = np.asarray(sample, np.float64)
+    # Statistical: the mean over all entries of (mean - x) / standard error is a unit normal over
+    # sqrt(512) per entry; 5 of those. Entries on a level have no spread.
+    spread = sample.std(0)
+    moved = spread > 0
+    score = (sample.mean(0) - x)[moved] / (spread[moved] / 32)
+    assert abs(score.mean()) < 5 / score.size**0.5
+    assert abs(score.std() - 1) < 5 / (2 * score.size) ** 0.5
+
+
+def test_calls_that_cannot_work_say_why():
+    x = jnp.ones((2, 40))
+    with pytest.raises(ValueError, match=r"multiple of block_size=32, got shape \(2, 40\); pad it"):
+        quantize(x, MXFP4)
+    with pytest.raises(ValueError, match="quantize_values: the last axis"):
+        quantize_values(x, NVFP4)
+    with pytest.raises(ValueError, match="x must be floating, got int32"):
+        quantize(jnp.ones((2, 32), jnp.int32), MXFP4)
+    stochastic = dataclasses.replace(MXFP4, rounding="stochastic")
+    with pytest.raises(ValueError, match=r"e2m1/32 absmax_floor stochastic .* needs a random key"):
+        quantize(jnp.ones((2, 32)), stochastic)
+    with pytest.raises(ValueError, match="whole bytes, got 9 codes of 4 bits"):
+        quantize(jnp.ones((2, 9)), dataclasses.replace(INT4, block_size=None))
+    values, _ = quantize_values(jnp.ones((2, 9)), dataclasses.replace(INT4, block_size=None))
+    np.testing.assert_allclose(values, 1, rtol=2**-22)  # Bound: scale and product round.
+    with pytest.raises(ValueError, match=r"at least one axis.*got shape \(\)"):
+        quantize(jnp.float32(1), FP8_E4M3_TENSOR)

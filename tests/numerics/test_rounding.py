@@ -1,0 +1,132 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lowbit_jax.numerics import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    integer,
+    midrise,
+    round_to_grid,
+    stochastic_round,
+)
+
+FORMATS = [E2M1, E2M3, E3M2, E4M3, E5M2, *map(integer, (2, 3, 4, 8)), *map(midrise, (1, 2, 4, 8))]
+NATIVE = {
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+}
+rounded = jax.jit(round_to_grid, static_argnums=(1, 2))
+
+
+def nearest_in_table(y, format):
+    """Brute force: the nearest level; of two as near, the one whose code is even."""
+    grid = format.grid
+    # The integer, j, or the place of the magnitude among the non-negative floats.
+    codes = np.floor(grid)
+    if format.kind == "float":
+        codes = np.abs(np.arange(len(grid)) - len(grid) // 2)
+    y = np.asarray(y, np.float64)
+    above = np.clip(np.searchsorted(grid, y), 1, len(grid) - 1)
+    below = above - 1
+    to_below, to_above = y - grid[below], grid[above] - y
+    is_below_even = codes[below] % 2 == 0
+    take_below = (to_below < to_above) | ((to_below == to_above) & is_below_even)
+    return np.where(take_below, grid[below], grid[above])
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_nearest_is_the_nearest_level_with_ties_to_the_even_code(format):
+    rng = np.random.default_rng(0)
+    grid = format.grid
+    midpoints = (grid[1:] + grid[:-1]) / 2
+    # Every binade of a wide format gets its share of the 1e5 points, and the outside some.
+    spread = rng.choice(grid, 50_000) * rng.uniform(0.5, 2, 50_000)
+    y = np.float32(np.concatenate([rng.uniform(-1.2, 1.2, 50_000) * format.max, spread]))
+    ties = np.float32(midpoints)
+    y = np.concatenate([y, ties, np.nextafter(ties, np.inf), np.nextafter(ties, -np.inf)])
+    y = np.concatenate([y, np.float32(grid), np.float32([1e30, -1e30])])
+    y = np.where(abs(y) < 1e-30, np.float32(0), y)  # subnormals are flushed
+    np.testing.assert_array_equal(rounded(y, format), nearest_in_table(y, format))  # Exact.
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.kind == "float"], ids=str)
+def test_nearest_is_the_native_cast_inside_the_range(format):
+    y = np.random.default_rng(1).uniform(-format.max, format.max, 10_000).astype(np.float32)
+    y[:5000] *= np.float32(0.01)
+    actual = np.asarray(rounded(y, format))
+    expected = y.astype(NATIVE[format.name]).astype(np.float32)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(np.signbit(actual), np.signbit(expected))  # -0 too
+
+
+def test_ties_of_e2m1():
+    ties = jnp.float32([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    expected = [0, 1, 1, 2, 2, 4, 4]
+    np.testing.assert_array_equal(rounded(ties, E2M1), expected)
+    np.testing.assert_array_equal(rounded(-ties, E2M1), -np.float32(expected))
+
+
+def test_mid_rise_keeps_the_sign_of_a_tiny_number():
+    tiny = jnp.float32([1e-30, -1e-30, 1e-9, -1e-9])
+    np.testing.assert_array_equal(rounded(tiny, midrise(4)), [0.5, -0.5, 0.5, -0.5])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def draws(y, format, keys):
+    return jax.vmap(stochastic_round, (None, None, 0))(y, format, keys)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_stochastic_rounding_is_unbiased_between_neighbours(format):
+    rng = np.random.default_rng(2)
+    grid = format.grid
+    pairs = rng.integers(0, len(grid) - 1, 48)
+    low, high = grid[pairs], grid[pairs + 1]
+    y = np.float32(low + rng.uniform(0.05, 0.95, 48) * (high - low))
+    keys = jax.random.split(jax.random.key(3), 4096)
+    sample = np.asarray(draws(y, format, keys), np.float64)
+    assert np.all((sample == low) | (sample == high))
+    up = (y - low) / (high - low)
+    standard_error = np.sqrt(up * (1 - up) / len(keys)) * (high - low)
+    # Statistical: 13 formats of 48 points at 5 standard errors, a false alarm in about 1 of 2,800
+    # seeds.
+    assert np.all(abs(sample.mean(0) - y) <= 5 * standard_error)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_stochastic_rounding_moves_no_level_and_saturates(format):
+    y = np.resize(np.float32(format.grid), 48)
+    keys = jax.random.split(jax.random.key(4), 4096)  # the shape that is compiled already
+    np.testing.assert_array_equal(draws(y, format, keys), np.broadcast_to(y, (4096, 48)))
+    beyond = np.resize(np.float32([1.5, -3]) * np.float32(format.max), 48)
+    saturated = np.broadcast_to(np.sign(beyond) * np.float32(format.max), (4096, 48))
+    np.testing.assert_array_equal(draws(beyond, format, keys), saturated)
+
+
+def test_stochastic_rounding_of_tiny_numbers_stays_next_to_zero():
+    # A tiny negative number is not sent to the level below with the probability 1 - 1e-30 that
+    # rounds to 1 in float32.
+    y = np.resize(np.float32([-1e-30, 1e-30]), 48)
+    keys = jax.random.split(jax.random.key(5), 4096)
+    for format in [E2M1, integer(4)]:
+        np.testing.assert_array_equal(draws(y, format, keys), 0)
+    halves = np.asarray(draws(y, midrise(4), keys))
+    # Statistical: 196,608 fair coins at 5 standard errors.
+    assert abs(halves.mean()) <= 5 * 0.5 / halves.size**0.5
+    assert set(np.unique(halves)) == {-0.5, 0.5}
+
+
+def test_stochastic_rounding_without_a_key_is_refused():
+    with pytest.raises(ValueError, match=r"needs a random key.*key=jax\.random\.key"):
+        round_to_grid(jnp.ones(3), E2M1, "stochastic")

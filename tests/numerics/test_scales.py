@@ -1,0 +1,186 @@
+import dataclasses
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowbit_jax.numerics import (
+    E2M1,
+    E2M3,
+    E4M3,
+    E5M2,
+    INT4,
+    MXFP4,
+    NVFP4,
+    NVFP4_FOUR_OVER_SIX,
+    QUEST_INT4,
+    QUEST_MXFP4,
+    QuantSpec,
+    integer,
+    midrise,
+    round_to_grid,
+)
+from lowbit_jax.numerics.scales import block_scales, check_parts, multiply_by_scales
+
+scales_of = jax.jit(block_scales, static_argnums=(1, 2, 3))
+
+
+def exact_exponent(a, format, rule):
+    """The exponent by rational arithmetic: the slow definition."""
+    a, m = Fraction(float(a)), Fraction(format.max)
+    if rule == "absmax_ceil":
+        exponent = -150
+        while m * Fraction(2) ** exponent < a:
+            exponent += 1
+        return exponent
+    exponent = -150
+    while Fraction(2) ** (exponent + 1) <= a:
+        exponent += 1
+    if rule == "absmax_ct175" and a >= Fraction(7, 4) * Fraction(2) ** exponent:
+        exponent += 1
+    return exponent - format.max_exponent
+
+
+@pytest.mark.parametrize("rule", ["absmax_floor", "absmax_floor43", "absmax_ceil", "absmax_ct175"])
+@pytest.mark.parametrize("format", [E2M1, E5M2, integer(4)], ids=str)
+def test_power_of_two_rules_are_exact_at_their_thresholds(format, rule):
+    if rule == "absmax_floor43" and format.kind == "integer":
+        return  # refused, see below
+    mantissas = np.float32([1, 1.25, 1.4, 1.5, 1.75, 1.875])
+    a = (mantissas * (2.0 ** np.float64([[-90], [-3], [0], [7], [90]]))).astype(np.float32).ravel()
+    a = np.concatenate([a, np.nextafter(a, np.float32(0)), np.nextafter(a, np.float32(np.inf))])
+    result = scales_of(a[:, None], format, rule)
+    expected = [exact_exponent(value, format, rule) for value in a]
+    np.testing.assert_array_equal(np.asarray(result.scales)[:, 0].astype(int) - 127, expected)
+    if rule == "absmax_floor43":
+        assert result.global_scale == np.float32(4 / 3)
+    else:
+        assert result.global_scale is None
+
+
+def test_power_of_two_rules_never_clip_or_clip_where_they_say(run):
+    x = np.random.default_rng(0).standard_t(3, (4, 128)).astype(np.float32)
+    top = {}
+    for rule in ["absmax_floor", "absmax_floor43", "absmax_ceil", "absmax_ct175"]:
+        units = run(x, dataclasses.replace(MXFP4, scale=rule))[3]
+        top[rule] = abs(np.asarray(units)).reshape(-1, 32).max(1)
+    limits = {
+        "absmax_floor": (4, 8),
+        "absmax_floor43": (3, 6),
+        "absmax_ceil": (3, 6.0001),
+        "absmax_ct175": (3.5, 7),
+    }
+    for rule, (low, high) in limits.items():
+        assert np.all((low <= top[rule]) & (top[rule] < high)), rule
+
+
+def test_gaussian_rules_round_the_logarithm(run):
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((4, 128)) * 2.0 ** rng.uniform(-9, 9, (4, 1))).astype(np.float32)
+    blocks = x.astype(np.float64).reshape(4, 4, 32)
+    log = np.log2(2.92247856 / 6 * np.sqrt((blocks**2).mean(-1)))
+    assert abs(log - np.floor(log) - 0.5).min() > 1e-5  # no block at a threshold
+    np.testing.assert_array_equal(run(x, QUEST_MXFP4)[0].scales.astype(int) - 127, np.round(log))
+    log = np.log2(2.92247856 / 6 * blocks.std(-1))
+    spec = dataclasses.replace(QUEST_MXFP4, scale="std_floor")
+    np.testing.assert_array_equal(run(x, spec)[0].scales.astype(int) - 127, np.floor(log))
+
+
+def test_rms_scale_is_alpha_times_rms_over_the_outermost_level(run):
+    x = np.random.default_rng(2).standard_normal((4, 128)).astype(np.float32)
+    rms = np.sqrt((x.astype(np.float64) ** 2).mean(1))
+    # Bound: fixed-point squares lose 128 * 2**-28 of the mean square, float32 a few roundings.
+    tolerance = 128 * 2.0**-29 + 4 * 2.0**-24
+    scales = run(x, QUEST_INT4)[0].scales[:, 0]
+    np.testing.assert_allclose(scales, 2.513930578568423 * rms / 7.5, rtol=tolerance)
+
+
+def test_nvfp4_puts_the_largest_block_on_the_top_of_e4m3(run):
+    x = np.random.default_rng(3).standard_normal((4, 128)).astype(np.float32)
+    amax = abs(x).max()
+    for spec, top in [(NVFP4, 448), (NVFP4_FOUR_OVER_SIX, 256)]:
+        q = run(x, spec)[0]
+        assert q.scales.dtype == jnp.float8_e4m3fn
+        # Bound: the constant and the product round once each.
+        np.testing.assert_allclose(q.global_scale, amax / (6 * top), rtol=2**-23)
+        blocks = abs(x).reshape(4, 8, 16).max(-1)
+        asked = np.asarray(blocks / (6 * q.global_scale), np.float32)
+        six = asked.astype(jnp.float8_e4m3fn).astype(np.float32)
+        four = (asked * np.float32(1.5)).astype(jnp.float8_e4m3fn).astype(np.float32)
+        actual = q.scales.astype(np.float32)
+        if spec is NVFP4:
+            np.testing.assert_array_equal(actual, six)
+            continue
+        errors = []
+        for scales in (six, four):
+            s = (scales * np.float64(q.global_scale))[..., None]
+            wide = x.reshape(4, 8, 16) / s
+            levels = np.asarray(round_to_grid(jnp.array(wide), E2M1))
+            errors.append((((wide - levels) * s) ** 2).sum(-1))
+        expected = np.where(errors[1] < errors[0], four, six)
+        np.testing.assert_array_equal(actual, expected)  # Exact: no two errors are near a tie.
+        assert (expected == four).any()
+        assert (expected == six).any()
+
+
+def test_every_e8m0_byte_decodes_exactly():
+    codes = np.arange(256, dtype=np.uint8)
+    for variant in [multiply_by_scales, jax.jit(multiply_by_scales)]:
+        # A level of 2 keeps the scale 2**-127 times level normal; one of 1/2, 2**127 finite.
+        small = np.asarray(variant(jnp.full(128, 2.0), jnp.array(codes[:128]), None))
+        np.testing.assert_array_equal(small, 2.0 ** (codes[:128].astype(int) - 126.0))
+        large = np.asarray(variant(jnp.full(128, 0.5), jnp.array(codes[128:]), None))
+        np.testing.assert_array_equal(large[:-1], 2.0 ** (codes[128:255].astype(int) - 128.0))
+        assert np.isnan(large[-1])
+
+
+def test_subnormal_blocks_count_as_zero_and_the_smallest_scale_is_exact(run):
+    x = np.zeros((4, 128), np.float32)
+    x[0, :4] = [2.0**-126, 1.5 * 2.0**-126, -(2.0**-125), 3 * 2.0**-126]
+    x[1, :2] = [2.0**-130, -(2.0**-149)]
+    q, values, _, units = run(x, MXFP4)
+    np.testing.assert_array_equal(q.scales, 0)
+    np.testing.assert_array_equal(units[0, :4], [2, 3, -4, 6])
+    np.testing.assert_array_equal(values, np.where(abs(x) < 2.0**-126, 0, x))
+    np.testing.assert_array_equal(q.codes[1], 0)
+
+
+BAD = [
+    (lambda: check_parts("rne", E2M1, 32, "nearest"), "no scale rule 'rne'; choose one of absmax,"),
+    (lambda: check_parts("cast", E2M1, 32, "nearest"), "no scale rule 'cast'"),
+    (lambda: QuantSpec(E4M3, None, "rms"), "no Gaussian clipping point for e4m3"),
+    (lambda: QuantSpec(integer(4), 32, "rms_nearest"), "no Gaussian clipping point for int4"),
+    (lambda: QuantSpec(midrise(4), 32, "rms_nearest"), "float and integer formats, got midrise4"),
+    (lambda: QuantSpec(midrise(4), 32, "absmax_floor"), "float and integer formats"),
+    (lambda: QuantSpec(integer(4), 32, "absmax_floor43"), "for float formats, got int4"),
+    (lambda: QuantSpec(E2M3, 16, "absmax_e4m3"), "e2m1 or integer formats, got e2m3"),
+    (lambda: QuantSpec(E2M1, None, "absmax_e4m3"), "integer block_size, got None"),
+    (lambda: QuantSpec(integer(4), 16, "absmax_e4m3_four_over_six"), "e2m1 only, got int4"),
+    (
+        lambda: dataclasses.replace(NVFP4_FOUR_OVER_SIX, rounding="stochastic"),
+        "with stochastic rounding is biased",
+    ),
+    (lambda: QuantSpec(E2M1, 48, "std_floor"), "power of two, got 48"),
+    (lambda: QuantSpec(E2M1, "tensor", "absmax_floor"), "'tensor' goes with scale 'absmax'"),
+    (lambda: QuantSpec(E2M1, 0), "positive int, None"),
+    (lambda: check_parts("absmax", E2M1, "row", "nearest"), "positive int, None"),
+    (lambda: check_parts("absmax", E2M1, 32, "up"), "'nearest' or 'stochastic', got 'up'"),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), BAD, ids=[message for _, message in BAD])
+def test_parts_that_do_not_go_together_are_refused(build, message):
+    with pytest.raises(ValueError, match=r"^QuantSpec: ") as error:
+        build()
+    assert message in str(error.value)
+
+
+def test_specs_are_equal_when_they_mean_the_same():
+    assert QuantSpec(integer(4), 128) == INT4
+    assert hash(QuantSpec(integer(4), 128)) == hash(INT4)
+    assert str(MXFP4) == "e2m1/32 absmax_floor"
+    assert str(dataclasses.replace(INT4, block_size=None, rounding="stochastic")) == (
+        "int4/row absmax stochastic"
+    )
