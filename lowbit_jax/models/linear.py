@@ -1,0 +1,70 @@
+"""A linear layer that multiplies by a recipe, and the rules that give each layer its recipe."""
+
+import re
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lowbit_jax.models.layers import logical_init
+from lowbit_jax.ops import recipes
+from lowbit_jax.ops.quantized_dot import quantized_dot
+from lowbit_jax.ops.recipes import DotRecipe
+
+RecipeRules = tuple[tuple[str, DotRecipe], ...]
+
+
+def resolve_recipes(
+    rules: RecipeRules, paths: Iterable[str]
+) -> dict[str, tuple[str | None, DotRecipe]]:
+    """The rule and recipe of each path: of the first rule that matches, else no rule and `BF16`.
+
+    Args:
+      rules: Pairs of a regular expression (syntax of `re`), which has to match a whole path, and a
+        recipe.
+      paths: Of the weights that can be quantized, as in `"layers/attention/q_proj/weight"`.
+
+    Returns:
+      Path to (pattern or `None`, recipe), in the order of `paths`.
+
+    Raises:
+      ValueError: If a rule matches no path, for a misspelt one would silently quantize nothing. A
+        rule whose paths earlier rules have all taken is legal.
+    """
+    paths = tuple(paths)
+    for pattern, _ in rules:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise ValueError(
+                f"resolve_recipes: every rule must match a whole path, got {pattern!r}, which"
+                f" matches none of {', '.join(paths)}; correct the pattern or drop the rule."
+            )
+    matches = {path: [rule for rule in rules if re.fullmatch(rule[0], path)] for path in paths}
+    return {path: (found[0] if found else (None, recipes.BF16)) for path, found in matches.items()}
+
+
+class QuantizedLinear(nn.Module):
+    """`y = x weight^T`, the product by `recipe`; no bias.
+
+    The parameter `weight` `(features, k)` is float32 and starts as `N(0, stddev^2)`.
+
+    Attributes:
+      features: Width of the output.
+      recipe: What the three products of training quantize.
+      axes: Logical names of the axes of `weight`.
+      stddev: Of the initial weights.
+    """
+
+    features: int
+    recipe: DotRecipe
+    axes: tuple[str, str]
+    stddev: float = 0.02
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch k"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch n"]:
+        """`(*batch, features)` in `x.dtype`; `key` only where the recipe rounds stochastically."""
+        init = logical_init(nn.initializers.normal(self.stddev), self.axes)
+        weight = self.param("weight", init, (self.features, x.shape[-1]), jnp.float32)
+        return quantized_dot(x, weight, self.recipe, key=key)

@@ -1,0 +1,390 @@
+"""Llama: a decoder of pre-normalized attention and SwiGLU blocks, its seven matrices quantizable.
+
+Parameters are float32, computation is `config.dtype`. The layers are one scanned block, so their
+parameters carry a leading layer axis and share one recipe per matrix.
+
+References:
+  Touvron et al., LLaMA, arXiv:2302.13971.
+  Panferov et al., QuEST, arXiv:2502.05003: the shapes and the initialization used here.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Array, Float, Shaped
+
+from lowbit_jax.models.layers import RMSNorm, logical_init, rotary_angles, rotate_positions, swiglu
+from lowbit_jax.models.linear import QuantizedLinear, RecipeRules, resolve_recipes
+from lowbit_jax.ops.attention import attention
+from lowbit_jax.ops.cross_entropy import linear_cross_entropy
+from lowbit_jax.ops.recipes import DotRecipe
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+QUANTIZABLE_PATHS = (
+    *(f"layers/attention/{name}/weight" for name in ATTENTION_PROJECTIONS),
+    *(f"layers/mlp/{name}/weight" for name in MLP_PROJECTIONS),
+)
+
+
+def llama_rules(recipe: DotRecipe) -> RecipeRules:
+    """Rules that give `recipe` to the seven matrices of a block; embedding and head stay float."""
+    return ((r"layers/.*_proj/weight", recipe),)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and arithmetic of a `Llama`.
+
+    Attributes:
+      vocab_size: Rows of the embedding and of the head.
+      d_model: Width `d` of the residual stream; a multiple of `n_heads`.
+      n_layers: Blocks.
+      n_heads: Query heads; `d_model / n_heads` must be even.
+      n_kv_heads: Key and value heads, a divisor of `n_heads`; `None`: as many.
+      d_ff: Width of the MLP; `None`: `8 d / 3`, rounded up to a multiple of 256.
+      rope_theta: Base of the rotary frequencies.
+      norm_eps: Added to the mean square in every norm.
+      tie_embeddings: Whether the embedding serves as the head.
+      dtype: `"bfloat16"` or `"float32"`: of activations and of the operands of products. On a GPU
+        float32 products of the blocks are TF32 unless `jax.default_matmul_precision` says else.
+      recipe_rules: See `resolve_recipes`; a matrix that no rule matches is not quantized.
+      attention: `"cudnn"`, `"xla"` or `None`, see `ops.attention.attention`.
+      scan_unroll: Layers in one iteration of the scan. `n_layers` leaves no loop: slower to
+        compile, faster to run, since nothing is copied into and out of stacked buffers.
+      remat: Whether backward recomputes each block from its input instead of keeping activations.
+      loss_chunks: See `ops.cross_entropy.linear_cross_entropy`.
+
+    Raises:
+      ValueError: If the shape is impossible, a name is unknown, or a rule matches nothing.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None
+    d_ff: int | None = None
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    dtype: str = "bfloat16"
+    recipe_rules: RecipeRules = ()
+    attention: str | None = None
+    scan_unroll: int = 1
+    remat: bool = False
+    loss_chunks: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"LlamaConfig: {name} must be at least 1, got {getattr(self, name)};"
+                    " choose a positive size."
+                )
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                "LlamaConfig: d_model must be a multiple of n_heads, got"
+                f" {self.d_model} and {self.n_heads}; choose another number of heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                "LlamaConfig: rotary embeddings turn pairs, so d_model / n_heads must be even,"
+                f" got {self.d_model} / {self.n_heads} = {self.head_dim}; change either."
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                "LlamaConfig: n_kv_heads must divide n_heads, got"
+                f" {self.kv_heads} and {self.n_heads}; leave it None for one each."
+            )
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(
+                f"LlamaConfig: dtype must be 'bfloat16' or 'float32', got {self.dtype!r};"
+                " parameters are float32 either way."
+            )
+        if self.attention not in ("cudnn", "xla", None):
+            raise ValueError(
+                f"LlamaConfig: attention must be 'cudnn', 'xla' or None, got {self.attention!r};"
+                " None picks the fastest that runs."
+            )
+        if self.scan_unroll < 1:
+            raise ValueError(
+                f"LlamaConfig: scan_unroll must be at least 1, got {self.scan_unroll};"
+                f" n_layers = {self.n_layers} unrolls fully."
+            )
+        resolve_recipes(self.recipe_rules, QUANTIZABLE_PATHS)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """`n_kv_heads` with its default resolved."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """`d_ff` with its default resolved."""
+        return -(-(8 * self.d_model // 3) // 256) * 256 if self.d_ff is None else self.d_ff
+
+    def linear(self, path: str, features: int, axes: tuple[str, str]) -> QuantizedLinear:
+        """The layer for the matrix at `path`, with the recipe that the rules give it."""
+        _, recipe = resolve_recipes(self.recipe_rules, QUANTIZABLE_PATHS)[f"{path}/weight"]
+        # What adds to the residual stream starts smaller, so that its variance does not grow with
+        # depth: each of the 2 * n_layers additions contributes 1 / (2 * n_layers).
+        is_residual = path.endswith(("o_proj", "down_proj"))
+        stddev = 0.02 / (2 * self.n_layers) ** 0.5 if is_residual else 0.02
+        return QuantizedLinear(features, recipe, axes, stddev, name=path.rsplit("/", 1)[1])
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions: q, k, v and o projections."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, rotary, keys):
+        """`(b, t, d)` to `(b, t, d)`; `keys` maps a projection's name to its key or `None`."""
+        config = self.config
+        b, t, d = x.shape
+        # Flattened once, so that the products share one operand: what backward keeps of it is
+        # then one array and not three.
+        rows = x.reshape(b * t, d)
+        counts = {"q_proj": config.n_heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
+        heads = {}
+        for name, count in counts.items():
+            axes = ("heads" if name == "q_proj" else "kv_heads", "embed")
+            layer = config.linear(f"layers/attention/{name}", count * config.head_dim, axes)
+            heads[name] = layer(rows, key=keys[name]).reshape(b, t, count, config.head_dim)
+        q = rotate_positions(heads["q_proj"], *rotary)
+        k = rotate_positions(heads["k_proj"], *rotary)
+        y = attention(q, k, heads["v_proj"], implementation=config.attention)
+        layer = config.linear("layers/attention/o_proj", d, ("embed", "heads"))
+        return layer(y.reshape(b * t, d), key=keys["o_proj"]).reshape(x.shape)
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, keys):
+        """`(b, t, d)` to `(b, t, d)`; `keys` as in `Attention`."""
+        config = self.config
+        gate = config.linear("layers/mlp/gate_proj", config.mlp_width, ("mlp", "embed"))
+        up = config.linear("layers/mlp/up_proj", config.mlp_width, ("mlp", "embed"))
+        down = config.linear("layers/mlp/down_proj", config.d_model, ("embed", "mlp"))
+        rows = x.reshape(-1, x.shape[-1])
+        y = swiglu(gate(rows, key=keys["gate_proj"]), up(rows, key=keys["up_proj"]))
+        return down(y, key=keys["down_proj"]).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the body of the scan over layers."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, key, rotary):
+        """Carry `(b, t, d)` to carry, and no output; `key` is this layer's or `None`."""
+        names = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
+        split = (None,) * len(names) if key is None else jax.random.split(key, len(names))
+        keys = dict(zip(names, split, strict=True))
+        eps = self.config.norm_eps
+        normalized = RMSNorm(eps, name="attention_norm")(x)
+        x = x + Attention(self.config, name="attention")(normalized, rotary, keys)
+        normalized = RMSNorm(eps, name="mlp_norm")(x)
+        return x + MLP(self.config, name="mlp")(normalized, keys), None
+
+
+class Table(nn.Module):
+    """A float32 `weight` `(v, d)`, `N(0, 0.02^2)` at first: embedding or head, never quantized."""
+
+    vocab_size: int
+    d_model: int
+
+    def setup(self):
+        """Declares the weight."""
+        init = logical_init(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.weight = self.param("weight", init, (self.vocab_size, self.d_model), jnp.float32)
+
+    def __call__(self):
+        """The weight."""
+        return self.weight
+
+
+class Llama(nn.Module):
+    """Language model: `model.apply({"params": params}, tokens)` gives logits.
+
+    `nn.meta.unbox(model.init(key, tokens)["params"])` are the parameters, a plain tree. Recipes
+    that round stochastically need a key: `model.apply(..., rngs={"quantize": key})`.
+    """
+
+    config: LlamaConfig
+
+    def setup(self):
+        """Declares embedding, scanned blocks, final norm and head."""
+        config = self.config
+        block = Block
+        if config.remat:
+            # In a loop the compiler cannot merge the recomputation with the original; unrolled it
+            # would, so there a barrier has to keep them apart.
+            block = nn.remat(Block, prevent_cse=config.scan_unroll > 1)
+        self.embedding = Table(config.vocab_size, config.d_model)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] (one an argument)
+            length=config.n_layers,
+            unroll=min(config.scan_unroll, config.n_layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config)
+        self.final_norm = RMSNorm(config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = Table(config.vocab_size, config.d_model)
+
+    def __call__(self, tokens: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "b t v"]:
+        """Logits `(b, t, v)`, float32, of the token after each of `tokens` `(b, t)`, integers.
+
+        A token outside `[0, v)` gives NaN.
+
+        Raises:
+          ValueError: If `tokens` are no matrix of integers, or a recipe needs a key and got none.
+        """
+        hidden = self.hidden_states(tokens)
+        weight = self._head_weight().astype(hidden.dtype)
+        precision = "highest" if hidden.dtype == jnp.float32 else None
+        return jnp.einsum(
+            "btd,vd->btv", hidden, weight, precision=precision, preferred_element_type=jnp.float32
+        )
+
+    def loss(
+        self,
+        inputs: Shaped[Array | np.ndarray, "..."],
+        targets: Shaped[Array | np.ndarray, "..."],
+    ) -> Float[Array, ""]:
+        """Mean cross-entropy of `targets` `(b, t)` after `inputs` `(b, t)`: nats a token, float32.
+
+        Call it as `model.apply({"params": params}, inputs, targets, method="loss")`.
+
+        Raises:
+          ValueError: As `__call__`, or if the shapes of `inputs` and `targets` differ.
+        """
+        if inputs.shape != targets.shape:
+            raise ValueError(
+                "Llama.loss: inputs and targets must have one shape (b, t), got"
+                f" {inputs.shape} and {targets.shape}; targets are inputs one token later."
+            )
+        hidden = self.hidden_states(inputs)
+        return linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self._head_weight(),
+            jnp.asarray(targets).reshape(-1),
+            chunks=self.config.loss_chunks,
+        )
+
+    def hidden_states(self, tokens: Shaped[Array | np.ndarray, "..."]) -> Float[Array, "b t d"]:
+        """Normalized outputs `(b, t, d)` of the last block, `config.dtype`: what the head sees.
+
+        Raises:
+          ValueError: As `__call__`.
+        """
+        config = self.config
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                "Llama: tokens must be integers (b, t), got"
+                f" {tokens.dtype} {tokens.shape}; add a batch axis or cast to int32."
+            )
+        x = jnp.take(self.embedding(), tokens, axis=0).astype(config.dtype)
+        rotary = rotary_angles(tokens.shape[1], config.head_dim, config.rope_theta)
+        x, _ = self.layers(x, self._layer_keys(), rotary)
+        return self.final_norm(x)
+
+    def _head_weight(self) -> Float[Array, "v d"]:
+        return self.embedding() if self.config.tie_embeddings else self.head()
+
+    def _layer_keys(self) -> Shaped[Array, "layers ..."] | None:
+        """One key a layer if any recipe needs one: the same scanned, unrolled and recomputed."""
+        resolved = resolve_recipes(self.config.recipe_rules, QUANTIZABLE_PATHS)
+        needy = [path for path, (_, recipe) in resolved.items() if recipe.needs_key]
+        if not needy:
+            return None
+        if not (self.has_rng("quantize") or self.is_initializing()):
+            raise ValueError(
+                f"Llama: the recipe of {needy[0]} draws random numbers, got no key;"
+                ' pass apply(..., rngs={"quantize": key}).'
+            )
+        return jax.random.split(self.make_rng("quantize"), self.config.n_layers)
+
+
+class RecipeRow(NamedTuple):
+    """One matrix of a `RecipeTable`; `rule` and `recipe` are `None` where nothing can apply."""
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str | None
+    recipe: DotRecipe | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeTable:
+    """Which matrix multiplies by which recipe, and by which rule; `str()` aligns it for print."""
+
+    rows: tuple[RecipeRow, ...]
+
+    def __str__(self) -> str:
+        """Four columns: path, shape (layers first), rule, recipe."""
+        cells = [("path", "shape", "rule", "recipe")]
+        for row in self.rows:
+            recipe = "not quantizable" if row.recipe is None else str(row.recipe)
+            shape = " x ".join(map(str, row.shape))
+            cells.append((row.path, shape, row.rule or "-", recipe))
+        widths = [max(len(row[i]) for row in cells) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+            for row in cells
+        )
+
+
+def recipe_table(model: Llama) -> RecipeTable:
+    """The recipe of every matrix of `model`, embedding and head included, found from its shapes."""
+    resolved = resolve_recipes(model.config.recipe_rules, QUANTIZABLE_PATHS)
+    shapes: dict[str, Any] = traverse_util.flatten_dict(
+        nn.meta.unbox(_boxed_shapes(model)), sep="/"
+    )
+    rows = [
+        RecipeRow(path, leaf.shape, *resolved.get(path, (None, None)))
+        for path, leaf in shapes.items()
+        if path.endswith("/weight")
+    ]
+    order = ("embedding/weight", *QUANTIZABLE_PATHS, "head/weight")
+    return RecipeTable(tuple(sorted(rows, key=lambda row: order.index(row.path))))
+
+
+def logical_axes(model: Llama) -> dict:
+    """The tree of parameters with, for each, a tuple of axis names in place of the array.
+
+    Names: `"layers"`, `"vocab"`, `"embed"` (the residual stream), `"heads"`, `"kv_heads"` (heads
+    times their width), `"mlp"`, `"norm"`. Tuples are trees themselves: map over the result with
+    `is_leaf=lambda x: isinstance(x, tuple)`.
+    """
+    return jax.tree.map(
+        lambda box: tuple(box.names),
+        _boxed_shapes(model),
+        is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata),
+    )
+
+
+def _boxed_shapes(model: Llama) -> dict:
+    """Shapes of the parameters in the boxes that carry their logical axes; computes nothing."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]

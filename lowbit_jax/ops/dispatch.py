@@ -1,0 +1,203 @@
+"""Which implementation computes a product, and why.
+
+An implementation is a row of `_PATHS`. All compute the same function of the same operands, up to
+the order in which float32 sums are taken.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from lowbit_jax.numerics import E4M3, E5M2, QuantSpec
+
+Product = Literal["y", "dx", "dw"]
+SCOPE = "lowbit"  # first word of the name of the scope round each product; `explain` looks for it
+_SEPARATOR = "|"
+
+
+class Operand(NamedTuple):
+    """One operand of a product `a b^T`, stored with its contraction axis last.
+
+    The array is `values * scale`.
+    """
+
+    values: Float[Array, "rows c"]  # in the compute dtype, or float8 codes
+    scale: Float[Array, ""] | None  # float32; only formats with one scale a tensor have one
+
+
+class Plan(NamedTuple):
+    """The path that a product takes, and the reason for it, for people to read."""
+
+    path: str
+    reason: str
+
+
+def has_float8_codes(spec: QuantSpec | None) -> bool:
+    """Whether operands of this format are kept as float8 codes and one float32 scale."""
+    return spec is not None and spec.format in (E4M3, E5M2) and spec.block_size == "tensor"
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the first device; None if it is no CUDA GPU."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    match = re.fullmatch(r"(\d+)\.(\d+)", capability)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def choose(
+    product: Product,
+    a: QuantSpec | None,
+    b: QuantSpec | None,
+    implementation: str | None,
+    capability: tuple[int, int] | None,
+) -> Plan:
+    """Chooses the path of the product `a b^T`.
+
+    Args:
+      product: Which of the three it is, for messages.
+      a: Format of the first operand as it enters the product, None if it is not quantized.
+      b: Format of the second operand.
+      implementation: Name of a path, which is then taken or refused; None: the first path that
+        covers the formats and is fast on the device.
+      capability: Of the CUDA device; None if there is none.
+
+    Raises:
+      ValueError: If no path has that name.
+      NotImplementedError: If the path asked for does not cover the formats.
+    """
+    if implementation is not None:
+        check_implementation(implementation)
+        obstacle = _PATHS[implementation].formats_obstacle(a, b)
+        if obstacle:
+            raise NotImplementedError(
+                f"quantized_dot: implementation={implementation!r} does not cover the product"
+                f" {product!r} of {describe(a)} and {describe(b)}: {obstacle}; use"
+                " implementation=None or 'dequantize', or the recipe FP8_TENSORWISE."
+            )
+        return Plan(implementation, "asked for by name")
+    if a is None and b is None:
+        return Plan("dequantize", "operands not quantized: a plain product")
+    obstacles = []
+    for name, path in _PATHS.items():
+        obstacle = path.formats_obstacle(a, b) or path.device_obstacle(capability)
+        if not obstacle:
+            return Plan(name, "; ".join(obstacles) or "formats and device allow it")
+        obstacles.append(f"not {name}: {obstacle}")
+    raise AssertionError("the last path covers everything")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError unless it is None or the name of a path."""
+    if implementation is not None and implementation not in _PATHS:
+        raise ValueError(
+            f"quantized_dot: implementation must be None or one of {', '.join(_PATHS)}, got"
+            f" {implementation!r}."
+        )
+
+
+def describe(spec: QuantSpec | None) -> str:
+    """The format in a few characters, "-" for none."""
+    return "-" if spec is None else str(spec)
+
+
+def run(
+    product: Product,
+    plan: Plan,
+    a: Operand,
+    b: Operand,
+    specs: tuple[QuantSpec | None, QuantSpec | None],
+    compute_dtype: DTypeLike,
+    out_dtype: DTypeLike,
+) -> Float[Array, "p q"]:
+    """`(a.values a.scale) (b.values b.scale)^T`: sums in float32, then rounded to `out_dtype`.
+
+    Runs under a `jax.named_scope` that carries what `explain` reports.
+    """
+    fields = (f"{SCOPE} {product}", *map(describe, specs), *plan)
+    with jax.named_scope(_SEPARATOR.join(fields)):
+        return _PATHS[plan.path].run(a, b, jnp.dtype(compute_dtype), jnp.dtype(out_dtype))
+
+
+class ScopeFields(NamedTuple):
+    """What `run` wrote into the name of its scope."""
+
+    product: str
+    a: str
+    b: str
+    path: str
+    reason: str
+
+
+def parse_scope(name: str) -> ScopeFields | None:
+    """Reads the name of a scope that `run` opened; None for any other."""
+    head, *rest = name.split(_SEPARATOR)
+    if not head.startswith(f"{SCOPE} ") or len(rest) != 4:
+        return None
+    return ScopeFields(head.removeprefix(f"{SCOPE} "), *rest)
+
+
+def _float8_obstacle(a: QuantSpec | None, b: QuantSpec | None) -> str | None:
+    if a is None or b is None or not (has_float8_codes(a) and has_float8_codes(b)):
+        return "both operands must be e4m3 or e5m2 with one scale a tensor"
+    if a.format == b.format == E5M2:
+        return "tensor cores multiply e5m2 by e4m3 only"
+    return None
+
+
+def _no_float8_unit(capability: tuple[int, int] | None) -> str | None:
+    if capability is None:
+        return "no CUDA device"
+    if capability < (8, 9):
+        return f"FP8 needs compute capability 8.9, this device has {'.'.join(map(str, capability))}"
+    return None
+
+
+def _run_dequantize(a: Operand, b: Operand, compute_dtype, out_dtype):
+    """The reference: operands in the compute dtype, float8 codes among them, which is exact."""
+    return _multiply(
+        a, b, a.values.astype(compute_dtype), b.values.astype(compute_dtype), out_dtype
+    )
+
+
+def _run_float8(a: Operand, b: Operand, compute_dtype, out_dtype):
+    """XLA's float8 product: cuBLASLt on GPUs that have it. Both operands are contraction-last."""
+    del compute_dtype  # operands are multiplied as the codes they are
+    return _multiply(a, b, a.values, b.values, out_dtype)
+
+
+def _multiply(a: Operand, b: Operand, a_values, b_values, out_dtype):
+    """Sums in float32 on every backend, whatever the dtype in which the product hands them over."""
+    scales = [scale for scale in (a.scale, b.scale) if scale is not None]
+    # Without a scale the product itself rounds to 16 bits, as a plain one does; a float32 result
+    # and a cast after it could be written to memory in between.
+    y = jax.lax.dot_general(
+        a_values,
+        b_values,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32 if scales else out_dtype,
+    )
+    for scale in scales:
+        y = y * scale
+    return y.astype(out_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    """One implementation; an obstacle is None, or the reason why not."""
+
+    formats_obstacle: Callable[[QuantSpec | None, QuantSpec | None], str | None]
+    device_obstacle: Callable[[tuple[int, int] | None], str | None]
+    run: Callable[..., Array]
+
+
+# By preference. `device_obstacle` steers only the choice without a name.
+_PATHS: dict[str, _Path] = {
+    "fp8": _Path(_float8_obstacle, _no_float8_unit, _run_float8),
+    "dequantize": _Path(lambda a, b: None, lambda capability: None, _run_dequantize),
+}

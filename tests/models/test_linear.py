@@ -1,0 +1,42 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lowbit_jax.models import QuantizedLinear, resolve_recipes
+from lowbit_jax.ops import get_recipe, quantized_dot
+
+W4, W8, BF16 = get_recipe("quest_w4a4"), get_recipe("quest_w8a8"), get_recipe("bf16")
+PATHS = ("layers/attention/q_proj/weight", "layers/mlp/up_proj/weight")
+
+
+def test_the_first_matching_rule_wins():
+    rules = ((".*/mlp/.*", W8), (".*", W4))
+    resolved = resolve_recipes(rules, PATHS)
+    assert resolved == {PATHS[0]: (".*", W4), PATHS[1]: (".*/mlp/.*", W8)}
+    # A general rule in front takes all; the special one behind it is shadowed, not an error.
+    assert {recipe for _, recipe in resolve_recipes(rules[::-1], PATHS).values()} == {W4}
+
+
+def test_without_a_rule_nothing_is_quantized():
+    assert resolve_recipes((), PATHS) == dict.fromkeys(PATHS, (None, BF16))
+
+
+@pytest.mark.parametrize("pattern", ["layers/mlp", ".*/gate_proj/weight", "head/weight"])
+def test_a_rule_that_matches_nothing_is_an_error(pattern):
+    with pytest.raises(ValueError, match="every rule must match"):
+        resolve_recipes(((pattern, W4),), PATHS)
+
+
+def test_multiplies_by_its_recipe():
+    layer = QuantizedLinear(8, W4, ("mlp", "embed"))
+    x = jax.random.normal(jax.random.key(0), (3, 128))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+    assert params["weight"].names == ("mlp", "embed")
+    weight = nn.meta.unbox(params)["weight"]
+    assert (weight.shape, weight.dtype) == ((8, 128), jnp.float32)
+    actual = jax.jit(layer.apply)({"params": params}, x)
+    # Exact: the same function.
+    expected = jax.jit(quantized_dot, static_argnums=2)(x, weight, W4)
+    np.testing.assert_array_equal(actual, expected)
