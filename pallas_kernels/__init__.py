@@ -1,1 +1,1 @@
-"""GPU kernels, each held to a reference in plain `jax.numpy`; and the tools that compare and time them."""
+"""GPU kernels, each held to a reference in plain `jax.numpy`, and tools to compare and time them."""

@@ -1,4 +1,4 @@
-"""Where a GPU's time goes: kernel times of a profiler trace, added up by the operation they serve."""
+"""Where a GPU's time goes: kernel times of a trace, added up by the operation they serve."""
 
 import collections
 import dataclasses
@@ -64,9 +64,9 @@ def kernel_times(
     for event in events:
         if event.get("ph") != "X" or (event["pid"], event["tid"]) not in streams:
             continue
-        name = event["name"]
+        name = str(event["name"])
         if operations is not None:
-            instruction = event.get("args", {}).get("hlo_op", name)
+            instruction = str(event.get("args", {}).get("hlo_op", name))
             if instruction not in operations:  # Inside a CUDA graph only the kernel's name is kept.
                 instruction = kernel_instructions.get(name, instruction)
             name = operations.get(instruction, instruction)

@@ -11,7 +11,13 @@ from lowbit_jax.analysis.kernel_times import KernelTime, kernel_times, operation
 @pytest.fixture
 def trace_dir(tmp_path):
     meta = [
-        {"ph": "M", "pid": 1, "tid": 7, "name": "thread_name", "args": {"name": "Stream #7(Compute)"}},
+        {
+            "ph": "M",
+            "pid": 1,
+            "tid": 7,
+            "name": "thread_name",
+            "args": {"name": "Stream #7(Compute)"},
+        },
         {"ph": "M", "pid": 1, "tid": 8, "name": "thread_name", "args": {"name": "XLA Ops"}},
     ]
     kernels = [
@@ -35,7 +41,11 @@ def test_kernels_add_up_by_name(trace_dir):
 
 def test_kernels_add_up_by_operation(trace_dir):
     rows = kernel_times(trace_dir, {"dot.1": "mlp", "dot.2": "mlp"})
-    assert rows == [KernelTime("mlp", 11.0, 2), KernelTime("fusion", 2.0, 1), KernelTime("graph", 1.0, 1)]
+    assert rows == [
+        KernelTime("mlp", 11.0, 2),
+        KernelTime("fusion", 2.0, 1),
+        KernelTime("graph", 1.0, 1),
+    ]
 
 
 def test_kernels_of_a_cuda_graph_are_found_by_their_name(trace_dir):
@@ -53,5 +63,5 @@ def test_operation_names_read_compiled_programs():
 
 
 def test_a_missing_trace_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no .*trace"):
+    with pytest.raises(ValueError, match=r"no .*trace"):
         kernel_times(tmp_path)

@@ -1,0 +1,123 @@
+"""Llama with the sizes and settings of QuEST: Panferov et al., arXiv:2502.05003.
+
+Data first: python scripts/prepare_data.py --help
+Run:        python scripts/pretrain.py configs/llama.py --data prepared/NAME --size 30m
+Speed only: python scripts/pretrain.py configs/llama.py --data synthetic --size 800m --steps 30
+                --no-validate --no-save
+
+Differences from the paper's runs: the data, and the tokenizer that comes with it. There, with 3
+billion tokens of C4, the 30M model reached a validation loss of 3.207 nats per token unquantized
+and 3.272 with quest_w4a4.
+"""
+
+from typing import Literal
+
+from lowbit_jax.models import Llama, flops_per_token, llama_config, llama_rules
+from lowbit_jax.ops.recipes import get_recipe, weight_projection
+from lowbit_jax.optim import cage, match_paths, one_cycle_cosine
+from lowbit_jax.sparsity import identity
+from lowbit_jax.train import Config, open_corpus
+
+# Peak learning rate and training tokens of each size, as in the released training scripts of
+# QuEST (about 100 tokens a parameter). "1b" is no size of theirs: both follow the others' rule,
+# a learning rate inverse to the parameters.
+PUBLISHED = {
+    "30m": (1.2e-3, 3e9),
+    "50m": (1.2e-3, 5e9),
+    "100m": (6e-4, 10e9),
+    "200m": (3e-4, 20e9),
+    "430m": (1.5e-4, 43e9),
+    "800m": (7.5e-5, 80e9),
+    "1b": (6e-5, 97e9),
+}
+
+
+def get_config(
+    size: Literal["30m", "50m", "100m", "200m", "430m", "800m", "1b"] = "30m",
+    recipe: str = "quest_w4a4",
+    data: str = "prepared",
+    tokens: float | None = None,
+    steps: int | None = None,
+    batch_size: int = 512,
+    micro_batches: int = 1,
+    seq_len: int = 512,
+    peak_lr: float | None = None,
+    weight_decay: float = 0.1,
+    cage_total_strength: float = 0.0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    remat: bool = False,
+    scan_unroll: int = 1,
+    eval_interval: int = 1000,
+    eval_batches: int = 16,
+    checkpoint_interval: int = 1000,
+    seed: int = 0,
+) -> Config:
+    """Settings of this experiment; the defaults are those of the paper's runs.
+
+    Args:
+      size: Of the model, in parameters without embedding and head.
+      recipe: What the matrix products quantize, a name in lowbit_jax.ops.recipes, such as
+        quest_w4a4, quest_w2a2, rtn_w4a4, fp8_tensorwise or bf16 (nothing).
+      data: Folder made by scripts/prepare_data.py; "moby-dick", the bundled book, byte by byte;
+        or "synthetic", random tokens to measure speed, whose loss means nothing.
+      tokens: Training tokens, 1e8 for example. None takes the paper's for this size.
+      steps: Optimizer steps; overrides tokens.
+      batch_size: Sequences a step.
+      micro_batches: Parts into which a batch is cut to save memory.
+      seq_len: Tokens a sequence.
+      peak_lr: Highest learning rate, after a tenth of the steps. None takes the paper's.
+      weight_decay: Of the seven matrices of each block.
+      cage_total_strength: Sum over the steps of learning rate times lambda, by which CAGE pulls
+        the weights towards their grid in the last fifth of the run; 0 is plain AdamW, published
+        runs have 1.6 to 2.7.
+      dtype: Of activations and operands; parameters are float32.
+      remat: Recompute each block in the backward pass instead of keeping its activations.
+      scan_unroll: Layers in one iteration of the loop over them; more compile longer, run faster.
+      eval_interval: Steps between two validations.
+      eval_batches: Batches of each, the last one included.
+      checkpoint_interval: Steps between two checkpoints.
+      seed: Of initial weights and data order.
+    """
+    published_lr, published_tokens = PUBLISHED[size]
+    peak_lr = published_lr if peak_lr is None else peak_lr
+    tokens = published_tokens if tokens is None else tokens
+    steps = max(round(tokens / (batch_size * seq_len)), 1) if steps is None else steps
+    dataset = open_corpus(data, vocab_size=32000)
+    dot = get_recipe(recipe)
+    vocab_size = 32000 if data == "synthetic" else dataset.tokenizer.vocab_size
+    model = llama_config(
+        size,
+        vocab_size=-(-vocab_size // 128) * 128,  # whole tiles for the head's products
+        dtype=dtype,
+        recipe_rules=llama_rules(dot),
+        remat=remat,
+        scan_unroll=scan_unroll,
+    )
+    matrices = match_paths("layers/.*_proj/weight")
+    learning_rate = one_cycle_cosine(peak_lr, steps)
+    return Config(
+        model=Llama(model),
+        optimizer=cage(
+            learning_rate,
+            weight_projection(dot) if cage_total_strength else identity,
+            total_steps=steps,
+            total_strength=cage_total_strength,
+            mask=matrices,
+            decay_mask=matrices,
+            weight_decay=weight_decay,
+            max_grad_norm=1.0,
+        ),
+        learning_rate=learning_rate,
+        data=dataset,
+        steps=steps,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        micro_batches=micro_batches,
+        eval_interval=eval_interval,
+        eval_batches=eval_batches,
+        final_eval_batches=eval_batches,
+        checkpoint_interval=checkpoint_interval,
+        seed=seed,
+        sample_prompt="" if data == "synthetic" else "The ",
+        flops_per_token=flops_per_token(model, seq_len),
+    )

@@ -1,0 +1,184 @@
+"""Checkpoints that survive a kill at any moment and tell when their files were damaged.
+
+A checkpoint is a folder `step_00001000/` with the arrays as Orbax wrote them (`arrays/`) and a
+`manifest.json` with the sha256 of every file and of itself. It is written under another name, the
+manifest last, and then renamed, so that a folder with the final name is complete; the checksums
+find what was damaged afterwards.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from lowbit_jax.train.state import TrainState, abstract_state, leaf_paths, nonfinite_leaves
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def save_checkpoint(
+    directory: str | os.PathLike, state: TrainState, metadata: dict[str, Any], *, keep: int = 2
+) -> pathlib.Path:
+    """Writes `state` to `directory/step_*`; older ones go only once the new one is complete.
+
+    Args:
+      directory: Folder of all checkpoints of a run.
+      state: Arrays of any dtype that Orbax stores.
+      metadata: JSON values that go into the manifest, such as versions of packages.
+      keep: How many of the newest undamaged checkpoints stay.
+
+    Raises:
+      ValueError: If the state holds a NaN or an infinity; nothing is written then.
+    """
+    if keep < 1:
+        raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}.")
+    if bad := nonfinite_leaves(state):
+        raise ValueError(
+            f"save_checkpoint: the state at step {int(state.step)} is not finite in {bad[:3]}"
+            f" ({len(bad)} leaves); nothing was saved, resume from the checkpoint before."
+        )
+    directory = pathlib.Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".writing-*"):
+        shutil.rmtree(leftover)
+    step = int(state.step)
+    temporary, final = directory / f".writing-{step}", directory / f"step_{step:08d}"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary / "arrays", state)
+        checkpointer.wait_until_finished()
+    manifest = {
+        "step": step,
+        "arrays": _describe(state),
+        "files": {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        },
+        **metadata,
+    }
+    manifest = {"sha256": _hash_json(manifest), **manifest}
+    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    if final.exists():  # a damaged one that resuming skipped, or a repeat of the same step
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync_folder(directory)
+    # A damaged checkpoint must not push out an undamaged one: only complete ones count.
+    complete = [path for path in list_checkpoints(directory) if (path / MANIFEST).exists()]
+    for old in complete[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def restore_latest(
+    directory: str | os.PathLike,
+    target: TrainState,
+    *,
+    warn: Callable[[str], None],
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """Restores the newest undamaged checkpoint onto the shardings of `target`.
+
+    Args:
+      directory: Folder of all checkpoints of a run; may be missing.
+      target: Arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and shardings wanted.
+      warn: Receives a message for each damaged checkpoint that is passed over.
+
+    Returns:
+      State and manifest, or None if there is no checkpoint at all.
+
+    Raises:
+      ValueError: If an undamaged checkpoint holds other arrays than `target`, or if there are
+        checkpoints and all are damaged.
+    """
+    candidates = list_checkpoints(directory)
+    for path in reversed(candidates):
+        if (damage := find_damage(path)) is not None:
+            warn(f"checkpoint {path} is damaged ({damage}); using the one before it")
+            continue
+        manifest = json.loads((path / MANIFEST).read_text())
+        _check_arrays(path, manifest["arrays"], _describe(target))
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path / "arrays", abstract_state(target)), manifest
+    if candidates:
+        raise ValueError(
+            f"restore_latest: every checkpoint in {directory} is damaged ({len(candidates)} of"
+            " them); restore the files from a copy, or start anew with --fresh."
+        )
+    return None
+
+
+def list_checkpoints(directory: str | os.PathLike) -> list[pathlib.Path]:
+    """Checkpoint folders of a run, oldest first, damaged ones included."""
+    directory = pathlib.Path(directory).absolute()
+    found = [p for p in directory.glob("step_*") if p.is_dir() and _NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def find_damage(checkpoint: pathlib.Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None: every byte is as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        checksum = manifest.pop("sha256")
+    except FileNotFoundError:
+        return f"no {MANIFEST}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    if checksum != _hash_json(manifest):
+        return f"{MANIFEST} has changed since it was written"
+    for name, expected in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _hash(path) != expected["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, finds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _describe(state: Any) -> dict[str, str]:
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaf_paths(state)}
+
+
+def _check_arrays(path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f"restore_latest: checkpoint {path} and the model or optimizer of this run differ"
+                f" in {name}: saved {saved.get(name, 'nothing')}, wanted"
+                f" {wanted.get(name, 'nothing')}; use the configuration that wrote it, another"
+                " --run-dir, or --fresh."
+            )
+
+
+def _hash(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sync_folder(directory: pathlib.Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,204 @@
+"""What a run is made of, and how a command line becomes one."""
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Annotated, Any
+
+import optax
+import tyro
+
+from lowbit_jax.data.tokens import TokenDataset
+from lowbit_jax.models import Llama
+
+
+class UsageError(ValueError):
+    """The user can mend it with other arguments; a script shows it without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run as built objects; `get_config` of a file in `configs/` returns one.
+
+    Attributes:
+      model: What to train.
+      optimizer: Optax chain, clipping and learning rate included.
+      learning_rate: The schedule inside `optimizer`, for the records.
+      data: Training and validation tokens with their tokenizer.
+      steps: Optimizer steps.
+      batch_size: Sequences a step.
+      seq_len: Tokens a sequence.
+      micro_batches: Parts into which a batch is cut to save memory.
+      eval_interval: Steps between two validations.
+      eval_batches: Batches of each of them.
+      final_eval_batches: Batches of the last validation; None: the whole split.
+      checkpoint_interval: Steps between two checkpoints.
+      keep_checkpoints: How many stay.
+      seed: Of initial weights, data order and random bits.
+      sample_prompt: Text that the trained model continues; "" for none.
+      sample_tokens: Length of the continuation.
+      sample_temperature: Below 1 the likelier tokens are preferred; 0 takes the likeliest.
+      flops_per_token: Of forward and backward pass, FLOP; None if unknown.
+    """
+
+    model: Llama
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    data: TokenDataset
+    steps: int
+    batch_size: int
+    seq_len: int
+    micro_batches: int = 1
+    eval_interval: int = 1000
+    eval_batches: int = 16
+    final_eval_batches: int | None = None
+    checkpoint_interval: int = 1000
+    keep_checkpoints: int = 2
+    seed: int = 0
+    sample_prompt: str = ""
+    sample_tokens: int = 200
+    sample_temperature: float = 0.8
+    flops_per_token: int | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "micro_batches", "eval_interval",
+                     "eval_batches", "checkpoint_interval", "keep_checkpoints"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UsageError(f"Config: {name} must be at least 1, got {getattr(self, name)}.")
+        if self.batch_size % self.micro_batches:
+            raise UsageError(
+                f"Config: batch_size must be a multiple of micro_batches={self.micro_batches},"
+                f" got {self.batch_size}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Options of a run that change nothing of what is trained.
+
+    Attributes:
+      run_dir: Folder of everything that the run writes. None takes runs/ with the name of the
+        config and the arguments that are not the defaults, numbered when that run is finished.
+      fresh: Start anew: empty the folder given by --run-dir, or take the next number. Otherwise a
+        run that was interrupted goes on from its newest checkpoint.
+      validate: Measure the validation loss, at intervals and at the end.
+      save: Write checkpoints.
+    """
+
+    run_dir: str | None = None
+    fresh: bool = False
+    validate: bool = True
+    save: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RunIdentity:
+    """What must agree before a run goes on where another stopped.
+
+    Attributes:
+      name: Of the configuration, such as "llama_tiny_quest_cage".
+      source: Text of the configuration file.
+      arguments: All arguments of its `get_config`, JSON values.
+      overrides: Those that differ from their defaults.
+    """
+
+    name: str
+    source: str
+    arguments: dict[str, Any]
+    overrides: dict[str, Any]
+
+    @property
+    def run_name(self) -> str:
+        """Name of the folder: the configuration and the arguments that are not the defaults."""
+        parts = [f"{key}={value}" for key, value in self.overrides.items()]
+        name = "-".join([self.name, *parts])
+        return re.sub(r"[^A-Za-z0-9._=+-]+", "_", name)[:150]
+
+
+def parse_command(arguments: Sequence[str]) -> tuple[Config, RunIdentity, RunOptions]:
+    """Reads `CONFIG.py --knob value ...`; the knobs are the arguments of its `get_config`.
+
+    Types, defaults and help texts come from the signature and the docstring of `get_config` and
+    from `RunOptions`. `--help` prints them and exits with 0, a flag that does not exist or a
+    value of another type prints why and exits with 2.
+
+    Raises:
+      UsageError: If there is no such config, or if `get_config` refuses a value.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(
+            f"usage: {pathlib.Path(sys.argv[0]).name} CONFIG.py [--knob value ...]\n\n"
+            f"Configs here: {_known_configs()}.\nCONFIG.py --help explains the knobs of one.",
+            file=sys.stdout if wants_help else sys.stderr,
+        )
+        raise SystemExit(0 if wants_help else 2)
+    path = pathlib.Path(arguments[0])
+    module = load_config_file(path)
+
+    @functools.wraps(module.get_config)
+    def collect(**knobs):
+        return knobs
+
+    def command(
+        knobs: Annotated[dict, tyro.conf.arg(constructor=collect, name="")],
+        options: Annotated[RunOptions, tyro.conf.arg(name="")],
+    ) -> tuple[dict, RunOptions]:
+        return knobs, options
+
+    knobs, options = tyro.cli(
+        command,
+        args=list(arguments[1:]),
+        prog=f"{pathlib.Path(sys.argv[0]).name} {path}",
+        description=module.__doc__ or "",
+    )
+    defaults = {n: p.default for n, p in inspect.signature(module.get_config).parameters.items()}
+    overrides = {name: value for name, value in knobs.items() if value != defaults[name]}
+    identity = RunIdentity(path.stem, path.read_text(encoding="utf-8"), knobs, overrides)
+    try:
+        config = module.get_config(**knobs)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    return config, identity, options
+
+
+def load_config_file(path: str | pathlib.Path) -> ModuleType:
+    """Imports a configuration file, which must define `get_config`."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UsageError(f"config: no file {path}; configs here: {_known_configs()}.")
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"config: {path} is not a Python file (.py).")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "get_config", None), Callable):
+        raise UsageError(f"config: {path} defines no function get_config(...) -> Config.")
+    return module
+
+
+def check_data(config: Config, *, needs_validation: bool = True) -> None:
+    """Whether the data fit the model and the batch, before anything is compiled.
+
+    Raises:
+      UsageError: If a split is too short or the vocabularies differ.
+    """
+    try:
+        config.data.check(
+            vocab_size=config.model.config.vocab_size,
+            seq_len=config.seq_len,
+            batch_size=config.batch_size,
+            needs_validation=needs_validation,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _known_configs() -> str:
+    return ", ".join(str(p) for p in sorted(pathlib.Path("configs").glob("*.py"))) or "none"

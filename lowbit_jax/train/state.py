@@ -1,0 +1,47 @@
+"""What training carries from step to step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int, PyTree
+
+
+class TrainState(NamedTuple):
+    """Everything that a checkpoint holds. Data order and randomness follow from `step` alone."""
+
+    step: Int[Array, ""]  # int32: updates applied so far
+    params: PyTree  # float32 master weights
+    opt_state: PyTree
+
+
+def create_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def abstract_state(state: Any) -> Any:
+    """Shapes, dtypes and shardings of `state`: the target onto which a checkpoint is restored."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        state,
+    )
+
+
+def leaf_paths(tree: PyTree) -> list[tuple[str, Any]]:
+    """Leaves of `tree` with their paths, keys joined by "/": `("layers/mlp/up_proj/weight", w)`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def nonfinite_leaves(tree: PyTree) -> list[str]:
+    """Paths of the floating leaves of `tree` that hold a NaN or an infinity."""
+    checked = [
+        (path, jnp.isfinite(leaf).all())
+        for path, leaf in leaf_paths(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    finite = jax.device_get([ok for _, ok in checked])
+    return [path for (path, _), ok in zip(checked, finite, strict=True) if not np.all(ok)]

@@ -1,0 +1,185 @@
+"""One optimizer step as a single compiled function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from lowbit_jax.train.state import TrainState, leaf_paths
+
+# (params, (inputs, targets), key or None) -> mean loss over the batch, scalar float32
+LossFn = Callable[[PyTree, Any, PRNGKeyArray | None], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How a step is computed; none of it changes what is computed, but for rounding.
+
+    Attributes:
+      micro_batches: Parts into which the batch is cut; gradients accumulate in float32.
+      seed: The key of step t is `fold_in(key(seed), t)`, so a resumed run draws the same bits.
+      needs_key: Whether the loss draws random bits at all; if not it receives None.
+      stacked: Top-level parameter key whose leaves stack the layers along their first axis.
+    """
+
+    micro_batches: int = 1
+    seed: int = 0
+    needs_key: bool = False
+    stacked: str = "layers"
+
+
+class Metrics(NamedTuple):
+    """What a step measured, on the device: fetching is the caller's decision."""
+
+    loss: Float[Array, ""]  # mean over the batch, nats
+    grad_norm: Float[Array, ""]  # global, before clipping
+    leaf_norms: PyTree  # gradient norms, () per leaf or (layers,) per stacked leaf
+    learning_rate: Float[Array, ""]  # NaN if no schedule was given
+
+
+def loss_function(model: nn.Module) -> LossFn:
+    """`model.loss` as a plain function; the key feeds the rng stream "quantize"."""
+
+    def loss_fn(params, batch, key):
+        inputs, targets = batch
+        rngs = None if key is None else {"quantize": key}
+        loss = model.apply({"params": params}, inputs, targets, method="loss", rngs=rngs)
+        return jnp.asarray(loss)
+
+    return loss_fn
+
+
+def make_train_step(
+    model: nn.Module | LossFn,
+    tx: optax.GradientTransformation,
+    plan: StepPlan = StepPlan(),
+    *,
+    learning_rate: optax.Schedule | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """`params += tx(mean gradient)`, compiled once, the old state's memory reused for the new.
+
+    A loss or gradient that is not finite leaves `params` and `opt_state` exactly as they were;
+    `step` still counts. The caller sees it in the metrics and stops (`first_offender`).
+
+    Args:
+      model: Module with a method `loss(inputs, targets)`, or a loss function.
+      tx: Gradient clipping, if wanted, is part of it.
+      plan: See `StepPlan`. Where a quantizer's scale spans several tokens (per-tensor scales),
+        cutting the batch also changes those scales.
+      learning_rate: Schedule, for the metrics only.
+
+    Returns:
+      Function of the state, which is donated, and `(inputs, targets)`, each `(b, t)` int32.
+
+    Raises:
+      ValueError: While tracing, if `b` is not a multiple of `micro_batches`.
+    """
+    loss_fn = loss_function(model) if isinstance(model, nn.Module) else model
+    if plan.micro_batches < 1:
+        raise ValueError(
+            f"make_train_step: micro_batches must be at least 1, got {plan.micro_batches}."
+        )
+
+    def loss_and_gradient(params, batch, key):
+        if plan.micro_batches == 1:
+            return jax.value_and_grad(loss_fn)(params, batch, key)
+
+        def accumulate(total, numbered):
+            index, part = numbered
+            part_key = None if key is None else jax.random.fold_in(key, index)
+            value = jax.value_and_grad(loss_fn)(params, part, part_key)
+            return jax.tree.map(lambda s, v: s + v.astype(s.dtype), total, value), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros(()), params))
+        parts = jax.tree.map(lambda x: _cut(x, plan.micro_batches), batch)
+        total, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(plan.micro_batches), parts))
+        loss, grads = jax.tree.map(lambda s: s / plan.micro_batches, total)
+        return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+    def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(plan.seed), state.step) if plan.needs_key else None
+        loss, grads = loss_and_gradient(state.params, batch, key)
+        squares = _leaf_squares(grads, plan.stacked)
+        grad_norm = jnp.sqrt(sum(jnp.sum(s) for s in jax.tree.leaves(squares)))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(state.step))
+        metrics = Metrics(loss, grad_norm, jax.tree.map(jnp.sqrt, squares), rate)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def first_offender(metrics: Metrics, params: PyTree, plan: StepPlan = StepPlan()) -> str:
+    """Says where a step that was not finite went wrong, from the norms that it returned.
+
+    A parameter that is not finite is named first, in the order of the layers. Otherwise the
+    backward pass made it: it runs from the last layer to the first and spoils everything after
+    the place where it went wrong, so the gradient of the last layer that is not finite is named.
+
+    Args:
+      metrics: Of the step that went wrong.
+      params: As they were before that step.
+      plan: The step's plan.
+    """
+    norms = jax.device_get(_leaf_norms(params, plan.stacked))
+    bad_params = _nonfinite(norms)
+    bad_grads = _nonfinite(jax.device_get(metrics.leaf_norms))
+    if bad_params:
+        where = "parameter " + min(bad_params, key=lambda found: found[1])[0]
+    elif bad_grads and np.isfinite(metrics.loss):
+        where = "gradient of " + max(bad_grads, key=lambda found: found[1])[0]
+    elif bad_grads:
+        where = "the forward pass (all parameters are finite, the loss is not)"
+    else:
+        where = "the loss or the global norm alone; every tensor is finite"
+    return (
+        f"{where}; loss {float(metrics.loss):g}, {len(bad_grads)} of"
+        f" {len(leaf_paths(metrics.leaf_norms))} gradient tensors not finite"
+    )
+
+
+def _nonfinite(norms: PyTree) -> list[tuple[str, tuple[int, int]]]:
+    """Names of the bad tensors with their place in the forward pass (rank, layer)."""
+    rank = {"embedding": 0, "final_norm": 2, "head": 3}  # stacked layers, and all else: 1
+    found = []
+    for path, norm in leaf_paths(norms):
+        bad = np.flatnonzero(~np.isfinite(np.atleast_1d(norm)))
+        names = [path] if np.ndim(norm) == 0 else [f"{path}, layer {layer}" for layer in bad]
+        place = rank.get(path.split("/")[0], 1)
+        found += [(name, (place, int(layer))) for name, layer in zip(names, bad, strict=False)]
+    return found
+
+
+def _leaf_squares(tree: PyTree, stacked: str) -> PyTree:
+    def square(path, leaf):
+        first = jax.tree_util.keystr(path[:1], simple=True)
+        axes = tuple(range(1, leaf.ndim)) if first == stacked and leaf.ndim else None
+        return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
+
+    return jax.tree_util.tree_map_with_path(square, tree)
+
+
+def _leaf_norms(tree: PyTree, stacked: str) -> PyTree:
+    return jax.tree.map(jnp.sqrt, _leaf_squares(tree, stacked))
+
+
+def _cut(x: Array, parts: int) -> Array:
+    if x.shape[0] % parts:
+        raise ValueError(
+            f"make_train_step: the batch must be a multiple of micro_batches={parts}, got"
+            f" shape {x.shape}; choose another batch size or number of parts."
+        )
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])

@@ -1,0 +1,224 @@
+"""What a finished run has to show for itself."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from lowbit_jax.analysis.text_baselines import text_baselines
+from lowbit_jax.models import count_params, recipe_table
+from lowbit_jax.ops.recipes import weight_projection
+from lowbit_jax.train.checkpoint import write_atomically
+from lowbit_jax.train.config import Config
+from lowbit_jax.train.evaluate import Evaluation
+from lowbit_jax.train.state import leaf_paths
+from lowbit_jax.train.tracking import peak_flops, plot_loss
+
+# xz needs a second for 1 MiB; the end of the training split says as much as all of it.
+_BASELINE_BYTES = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Results of a run; `str()` is the text for people, `summary.json` the record.
+
+    Attributes:
+      run_dir: Folder of the run.
+      steps: Optimizer steps.
+      train_tokens: Tokens trained on.
+      validation_loss: Nats per token; None if not validated.
+      validation_bits_per_byte: The same in bits per byte of text; None for synthetic data.
+      validation_tokens: Tokens over which it is the mean.
+      baselines: Bits per byte on the same validation text, see `text_baselines`.
+      baseline_train_bytes: Training text that the baselines saw.
+      quantization_error: `rms(w - Q(w)) / rms(w)` over all quantized weights; None if there are
+        none.
+      tokens_per_s: Median over the steps of this process; None if it took too few.
+      mfu: Model FLOP utilization, against the device's dense bfloat16 peak; None without one.
+      device: Its kind.
+      sample_prompt: Text that the model was given.
+      sample: What it made of it; None without a generator.
+      files: What lies where.
+    """
+
+    run_dir: str
+    steps: int
+    train_tokens: int
+    validation_loss: float | None
+    validation_bits_per_byte: float | None
+    validation_tokens: int | None
+    baselines: dict[str, float]
+    baseline_train_bytes: int
+    quantization_error: float | None
+    tokens_per_s: float | None
+    mfu: float | None
+    device: str
+    sample_prompt: str
+    sample: str | None
+    files: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = []
+        if self.sample is not None:
+            lines += ["sample:", f"  {self.sample_prompt}|{self.sample}".replace("\n", "\n  "), ""]
+        lines.append(f"{self.train_tokens:,} tokens in {self.steps:,} steps on {self.device}")
+        if self.tokens_per_s is not None:
+            mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
+            lines.append(f"speed               {self.tokens_per_s / 1e3:.1f} ktok/s (median){mfu}")
+        if self.quantization_error is not None:
+            lines.append(
+                f"quantization error  rms(w - Q(w)) / rms(w) = {self.quantization_error:.4f}"
+            )
+        if self.validation_loss is not None:
+            lines.append(
+                f"validation loss     {self.validation_loss:.4f} nats per token"
+                f" over {self.validation_tokens:,} tokens"
+            )
+        if self.validation_bits_per_byte is not None:
+            lines.append("bits per byte of the validation text:")
+            rows = {"this model": self.validation_bits_per_byte, **self.baselines}
+            rows = sorted(rows.items(), key=lambda row: row[1])
+            lines += [f"  {name:<17} {value:6.3f}" for name, value in rows]
+            lines.append(f"  (the others saw {self.baseline_train_bytes:,} bytes of training text)")
+        lines += ["files:", *(f"  {name:<17} {path}" for name, path in self.files.items())]
+        return "\n".join(lines)
+
+
+def describe_model(config: Config) -> str:
+    """The table of recipes and the sizes of model and run, for the start of a run."""
+    counts = count_params(config.model.config)
+    return (
+        f"{recipe_table(config.model)}\n"
+        f"{counts['total']:,} parameters ({counts['non_embedding']:,} without embedding and head),"
+        f" {len(config.data.train):,} training and {len(config.data.validation):,} validation"
+        f" tokens ({config.data.tokenizer.name}),\n"
+        f"{config.steps:,} steps of {config.batch_size} x {config.seq_len} tokens"
+        f" on {jax.devices()[0].device_kind}; compiling"
+    )
+
+
+def summarize(
+    config: Config,
+    run_dir: pathlib.Path,
+    params: PyTree,
+    *,
+    final: Evaluation | None,
+    tokens_per_s: float | None,
+    generate: Callable[..., Any] | None,
+    has_checkpoint: bool,
+) -> Summary:
+    """Measures what is left to measure, writes sample, plot and `summary.json`.
+
+    Args:
+      config: Of the run.
+      run_dir: Its folder.
+      params: Final parameters.
+      final: The last validation, if there was one.
+      tokens_per_s: As the loop measured it.
+      generate: See `train`.
+      has_checkpoint: Whether checkpoints were written.
+    """
+    sample = None
+    if generate is not None and config.sample_prompt:
+        sample = _sample(config, params, generate)
+        write_atomically(run_dir / "sample.txt", config.sample_prompt + sample)
+    baselines, baseline_train_bytes = {}, 0
+    if final is not None and final.bits_per_byte is not None:
+        baselines, baseline_train_bytes = _baselines(config)
+    device = jax.devices()[0].device_kind
+    peak = peak_flops(device)
+    flops, mfu = config.flops_per_token, None
+    if peak is not None and tokens_per_s is not None and flops is not None:
+        mfu = tokens_per_s * flops / peak
+    files = {
+        "checkpoints": "checkpoints" if has_checkpoint else None,
+        "metrics": "metrics.jsonl",
+        "TensorBoard": "tensorboard",
+        "loss plot": plot_loss(run_dir).name,
+        "config": "config.py",
+        "arguments": "run.json",
+        "versions": "versions.json",
+        "sample": None if sample is None else "sample.txt",
+        "summary": "summary.json",
+    }
+    summary = Summary(
+        run_dir=str(run_dir),
+        steps=config.steps,
+        train_tokens=config.steps * config.batch_size * config.seq_len,
+        validation_loss=None if final is None else final.loss,
+        validation_bits_per_byte=None if final is None else final.bits_per_byte,
+        validation_tokens=None if final is None else final.tokens,
+        baselines=baselines,
+        baseline_train_bytes=baseline_train_bytes,
+        quantization_error=quantization_error(config, params),
+        tokens_per_s=tokens_per_s,
+        mfu=mfu,
+        device=device,
+        sample_prompt=config.sample_prompt,
+        sample=sample,
+        files={name: str(run_dir / file) for name, file in files.items() if file is not None},
+    )
+    record = json.dumps(dataclasses.asdict(summary), indent=1)
+    write_atomically(run_dir / "summary.json", record + "\n")  # last: the run is finished
+    return summary
+
+
+def load_summary(run_dir: pathlib.Path) -> Summary | None:
+    """The summary of a finished run; None while it is not finished."""
+    path = run_dir / "summary.json"
+    return Summary(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def quantization_error(config: Config, params: PyTree) -> float | None:
+    """`rms(w - Q(w)) / rms(w)` over all weights that the forward pass quantizes; None if none."""
+    leaves = dict(leaf_paths(params))
+    error, square = 0.0, 0.0
+    for row in recipe_table(config.model).rows:
+        if row.recipe is None or row.recipe.y_w is None:
+            continue
+        if row.recipe.y_w.rounding == "stochastic":
+            continue  # no one Q(w)
+        residual, norm = _error_squares(leaves[row.path], weight_projection(row.recipe))
+        error, square = error + float(residual), square + float(norm)
+    return (error / square) ** 0.5 if square else None
+
+
+def _error_squares(w, projection):
+    return jax.jit(
+        lambda w: (jnp.sum(jnp.square(w - projection(w))), jnp.sum(jnp.square(w)))
+    )(w)  # fmt: skip
+
+
+def _sample(config: Config, params: PyTree, generate: Callable[..., Any]) -> str:
+    tokenizer = config.data.tokenizer
+    prompt = np.asarray(tokenizer.encode_batch([config.sample_prompt])[0], np.int32)[None]
+    key = jax.random.key(config.seed)
+    rngs = {"quantize": key}  # ignored unless a recipe is random
+
+    def apply_fn(params, tokens):
+        return config.model.apply({"params": params}, tokens, rngs=rngs)
+
+    tokens = generate(
+        apply_fn,
+        params,
+        jnp.asarray(prompt),
+        steps=config.sample_tokens,
+        temperature=config.sample_temperature,
+        key=key,
+        window=config.seq_len,
+    )
+    return tokenizer.decode(np.asarray(tokens)[0, prompt.shape[1] :])
+
+
+def _baselines(config: Config) -> tuple[dict[str, float], int]:
+    data = config.data
+    tokens = int(_BASELINE_BYTES / data.train.bytes_per_token)
+    train = data.tokenizer.decode_bytes(data.train[max(len(data.train) - tokens, 0) :])
+    validation = data.tokenizer.decode_bytes(data.validation[:tokens])
+    return text_baselines(train, validation), len(train)

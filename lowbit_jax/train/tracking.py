@@ -1,0 +1,210 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard events, a plot, a progress bar."""
+
+import json
+import math
+import pathlib
+import statistics
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from lowbit_jax.train.checkpoint import write_atomically
+
+# Dense bfloat16 peak, FLOP/s without sparsity, from NVIDIA's data sheets; the first name that
+# the device kind contains counts.
+_PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("RTX 4090", 165e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 peak in FLOP/s; None for a CPU or a device that is not in the table."""
+    return next((flops for name, flops in _PEAK_FLOPS if name in device_kind), None)
+
+
+class Throughput:
+    """Step times as seen from the host: medians, so that a pause or a compilation counts little."""
+
+    def __init__(self, tokens_per_step: int, window: int = 50):
+        """`tokens_per_step` in tokens; `recent` looks back over `window` steps."""
+        self._tokens, self._window = tokens_per_step, window
+        self._times_s: list[float] = []
+        self._last: float | None = None
+
+    def pause(self) -> None:
+        """The time until the next `tick` belongs to no step (validation, saving, compiling)."""
+        self._last = None
+
+    def tick(self) -> float | None:
+        """A step has finished; returns its time in seconds if the one before was seen."""
+        now = time.perf_counter()
+        step_time_s = None if self._last is None else now - self._last
+        if step_time_s is not None:
+            self._times_s.append(step_time_s)
+        self._last = now
+        return step_time_s
+
+    def recent(self) -> float | None:
+        """Tokens per second, median of the last steps."""
+        return self._rate(self._times_s[-self._window :])
+
+    def overall(self) -> float | None:
+        """Tokens per second, median of all steps."""
+        return self._rate(self._times_s)
+
+    def _rate(self, times_s: list[float]) -> float | None:
+        return self._tokens / statistics.median(times_s) if times_s else None
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl` and to TensorBoard; close it, or use it in a `with`."""
+
+    def __init__(self, run_dir: pathlib.Path, start_step: int = 0):
+        """Rows of steps after `start_step`, left by a run that was killed, are dropped."""
+        import tensorboardX  # here: it imports torch where that is installed, which takes seconds
+
+        path = run_dir / "metrics.jsonl"
+        truncate_metrics(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in `close`
+        # Events after the restored step are hidden: they will be written again.
+        purge = start_step + 1 if start_step else None
+        self._events = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, split: str, **values: float | int | None) -> None:
+        """One row, `{"step": ..., "split": "train" | "validation", **values}`; None is left out."""
+        row = {name: value for name, value in values.items() if value is not None}
+        self._file.write(json.dumps({"step": step, "split": split, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that a kill cut off is left out. [] if it is missing."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # power failed in the middle of a write
+    return rows
+
+
+def truncate_metrics(path: pathlib.Path, step: int) -> None:
+    """Drops the rows after `step`, atomically: a resumed run writes these steps again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
+    write_atomically(path, "".join(kept))
+
+
+def plot_loss(run_dir: pathlib.Path) -> pathlib.Path:
+    """Draws training and validation loss over the steps into `loss.png`; returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, needed once
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)  # no global state, no display
+    axes = figure.subplots()
+    styles: dict[str, dict[str, Any]] = {
+        "train": {"lw": 0.8, "alpha": 0.7},
+        "validation": {"marker": "o"},
+    }
+    for split, style in styles.items():
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, label=split, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    path = run_dir / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, console: Console, steps: int, start_step: int = 0, every_s: float = 10.0):
+        """`every_s`: seconds between plain lines."""
+        self._console, self._steps, self._every_s = console, steps, every_s
+        self._started, self._start_step = time.perf_counter(), start_step
+        self._last_line = -math.inf
+        self._bar = None
+        if console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=console,
+                transient=False,
+            )
+            self._task = self._bar.add_task(
+                "train", total=steps, completed=start_step, shown="compiling"
+            )
+
+    def update(self, step: int, loss: float, tokens_per_s: float | None) -> None:
+        """Shows the state after `step` steps."""
+        rate = "" if tokens_per_s is None else f"  {tokens_per_s / 1e3:.1f} ktok/s"
+        shown = f"loss {loss:.4f}{rate}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, shown=shown)
+            return
+        now = time.perf_counter()
+        if step < self._steps and now - self._last_line < self._every_s:
+            return
+        self._last_line = now
+        done = step - self._start_step
+        left_s = (now - self._started) / done * (self._steps - step)
+        self._console.print(
+            f"step {step}/{self._steps}  {shown}  {_clock(left_s)} left", highlight=False
+        )
+
+    def message(self, text: str) -> None:
+        """Prints a line of text, above the bar if there is one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

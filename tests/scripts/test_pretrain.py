@@ -1,0 +1,27 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "llama_tiny_quest_cage.py"),
+        (["configs/none.py"], 2, "error: config: no file configs/none.py"),
+        (["configs/llama_tiny_quest_cage.py", "--recipe", "x"], 2, "no recipe 'x'"),
+        (["configs/llama_tiny_quest_cage.py", "--run-dir", "configs"], 2, "--run-dir"),
+    ],
+)
+def test_exit_codes_and_messages_without_a_traceback(arguments, code, said):
+    done = subprocess.run(
+        [sys.executable, "scripts/pretrain.py", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed
+    assert said in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,136 @@
+"""What can only be seen on a GPU: it computes what the CPU computes, by the path it should take."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lowbit_jax.models.llama import Llama, LlamaConfig, llama_rules
+from lowbit_jax.numerics import dequantize, quantize
+from lowbit_jax.numerics.presets import PRESETS
+from lowbit_jax.numerics.scales import POWER_OF_TWO_RULES
+from lowbit_jax.ops import recipes
+from lowbit_jax.ops.attention import attention
+from lowbit_jax.ops.quantized_dot import quantized_dot
+from lowbit_jax.ops.report import explain
+from lowbit_jax.rotations import Hadamard
+from pallas_kernels.testing import assert_bitwise_equal
+
+pytestmark = pytest.mark.gpu
+
+
+def normal(shape, dtype=jnp.float32, seed=0):
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def on_both(fn, *args):
+    """The results of `fn` on the CPU and on the GPU, both as NumPy arrays."""
+    results = []
+    for device in (jax.devices("cpu")[0], jax.devices("gpu")[0]):
+        moved = jax.device_put(args, device)
+        results.append(jax.tree.map(np.asarray, jax.jit(fn)(*moved)))
+    return results
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_quantizes_as_the_cpu_does(name, dtype):
+    spec = PRESETS[name]
+    x = normal((512, 1024), dtype)
+    cpu, gpu = on_both(lambda x: quantize(x, spec), x)
+    if spec.scale in POWER_OF_TWO_RULES:
+        assert_bitwise_equal(gpu, cpu)  # Exact: shifts and multiplications by powers of two.
+        return
+    # Bound: a float32 division or square root on the GPU may miss the nearest number by one unit.
+    scales = [np.asarray(q.scales, np.float32) for q in (gpu, cpu)]
+    np.testing.assert_allclose(*scales, rtol=2**-22)
+    # So an entry may round the other way only where both ways are equally far, to 2**-20.
+    x = np.asarray(x, np.float64)
+    misses = [
+        np.abs(x - np.asarray(dequantize(jax.tree.map(jnp.asarray, q)), np.float64))
+        for q in (gpu, cpu)
+    ]
+    assert np.all(np.abs(misses[0] - misses[1]) <= 2**-20 * np.abs(x).max(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_hadamard_keeps_float32_precision(dtype):
+    cpu, gpu = on_both(Hadamard(128).apply, normal((256, 512), dtype))
+    # Bound: 128 float32 sums of terms up to 5 in size, over sqrt(128), in some order.
+    np.testing.assert_allclose(gpu, cpu, rtol=0, atol=128 * 2**-24 * 5 * 128**0.5)
+
+
+def test_fp8_recipe_takes_the_float8_path_and_computes_the_same():
+    if jax.devices()[0].compute_capability < "8.9":
+        pytest.skip("needs FP8 tensor cores")
+    x, w = normal((256, 512), jnp.bfloat16), normal((128, 512), seed=1)
+    x, w = jax.device_put((x, w), jax.devices("gpu")[0])
+
+    def loss(x, w, implementation):
+        y = quantized_dot(x, w, recipes.FP8_TENSORWISE, implementation=implementation)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    table = explain(jax.grad(lambda x, w: loss(x, w, None), (0, 1)), x, w)
+    assert {row.product: row.path for row in table.rows} == dict.fromkeys(("y", "dx", "dw"), "fp8")
+    grads = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    for fast, reference in zip(grads(x, w, None), grads(x, w, "dequantize"), strict=True):
+        fast, reference = np.asarray(fast, np.float64), np.asarray(reference, np.float64)
+        error = np.linalg.norm(fast - reference) / np.linalg.norm(reference)
+        # Bound: y is rounded to bfloat16 before it is squared, 2**-9, and its gradient to e5m2,
+        # where an entry at a boundary moves by 2**-3: those are rarer than the first is small.
+        assert error < 2**-6
+
+
+def test_cudnn_attention_equals_xla():
+    q, k, v = (
+        normal((2, 256, heads, 128), jnp.bfloat16, seed) for seed, heads in enumerate((4, 2, 2))
+    )
+    q, k, v = jax.device_put((q, k, v), jax.devices("gpu")[0])
+
+    def gradients(q, k, v, implementation):
+        def loss(q, k, v):
+            y = attention(q, k, v, implementation=implementation)
+            return jnp.sum(y.astype(jnp.float32) ** 2), y
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    run = jax.jit(gradients, static_argnums=3)
+    (_, fast), fast_grads = run(q, k, v, None)
+    (_, slow), slow_grads = run(q, k, v, "xla")
+    assert_bitwise_equal(fast, run(q, k, v, "cudnn")[0][1])  # None picks cuDNN here.
+    for a, b in zip((fast, *fast_grads), (slow, *slow_grads), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        # Bound: bfloat16 probabilities and results, a few roundings of 2**-9 in norm.
+        assert np.linalg.norm(a - b) <= 4 * 2**-9 * np.linalg.norm(b)
+
+
+FAMILIES = ("bf16", "fp8_tensorwise", "quest_w4a4", "rtn_w4a4", "mxfp4_forward", "nvfp4_forward")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_recipes_trains_a_model_in_bfloat16(name):
+    rules = llama_rules(recipes.RECIPES[name])
+    config = LlamaConfig(vocab_size=256, d_model=256, n_layers=2, n_heads=2, recipe_rules=rules)
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 129))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    params = nn.meta.unbox(Llama(config).init(jax.random.key(0), inputs)["params"])
+
+    def run(device, attention):
+        model = Llama(dataclasses.replace(config, attention=attention))
+
+        def loss(params, inputs, targets):
+            return model.apply({"params": params}, inputs, targets, method="loss")
+
+        arguments = jax.device_put((params, inputs, targets), device)
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(*arguments))
+
+    cpu = run(jax.devices("cpu")[0], "xla")
+    gpu = run(jax.devices("gpu")[0], None)
+    # Bound: bfloat16 activations through two blocks shift logits of size 0.02 * sqrt(256) = 0.3 by
+    # under 2**-6 of it, and random targets average the shifts over 512 tokens.
+    np.testing.assert_allclose(gpu[0], cpu[0], rtol=0, atol=2e-3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gpu[1]))

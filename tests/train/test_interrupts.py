@@ -1,0 +1,59 @@
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+CHILD = textwrap.dedent("""
+    import ctypes, os, signal, sys, time
+    from lowbit_jax.train.interrupts import listen_for_signals
+    sleep_in_c = ctypes.CDLL(None).sleep  # as a compilation does: no bytecode runs meanwhile
+    with listen_for_signals(lambda text: print(text, flush=True)) as stop:
+        print("ready", flush=True)
+        while not stop:
+            sleep_in_c(int(sys.argv[1]))
+        print("stopping", flush=True)
+        time.sleep(float(sys.argv[2]))
+    print("default", signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)
+    sys.exit(128 + stop.number)
+""")
+
+
+@pytest.fixture
+def start():
+    children = []
+
+    def start(*arguments):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
+        )
+        children.append(child)
+        assert child.stdout.readline() == "ready\n"
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_handlers_are_put_back(start, number):
+    child = start("1", "0")
+    child.send_signal(number)
+    said = child.stdout.read()
+    assert child.wait() == 128 + number
+    assert said.startswith(f"{number.name}: finishing this step")
+    assert said.endswith("stopping\ndefault True\n")
+
+
+def test_the_second_signal_exits_at_once_even_in_the_middle_of_a_call(start):
+    child = start("100", "100")
+    child.send_signal(signal.SIGINT)
+    assert "finishing" in child.stdout.readline()
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=50) == 130
+    assert time.monotonic() - began < 50  # of the 100 s that the call would take
