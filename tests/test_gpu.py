@@ -112,25 +112,27 @@ FAMILIES = ("bf16", "fp8_tensorwise", "quest_w4a4", "rtn_w4a4", "mxfp4_forward",
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_of_recipes_trains_a_model_in_bfloat16(name):
-    rules = llama_rules(recipes.RECIPES[name])
-    config = LlamaConfig(vocab_size=256, d_model=256, n_layers=2, n_heads=2, recipe_rules=rules)
+def test_every_family_of_recipes_trains_as_on_the_cpu(name):
+    config = LlamaConfig(
+        vocab_size=256,
+        d_model=256,
+        n_layers=2,
+        n_heads=2,
+        dtype="float32",  # in bfloat16 roundings flip codes, which moves logits by a tenth
+        recipe_rules=llama_rules(recipes.RECIPES[name]),
+    )
+    model = Llama(config)
     tokens = np.random.default_rng(0).integers(0, 256, (4, 129))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    params = nn.meta.unbox(Llama(config).init(jax.random.key(0), inputs)["params"])
+    params = nn.meta.unbox(model.init(jax.random.key(0), inputs)["params"])
 
-    def run(device, attention):
-        model = Llama(dataclasses.replace(config, attention=attention))
-
-        def loss(params, inputs, targets):
+    def loss(params, inputs, targets):
+        with jax.default_matmul_precision("highest"):
             return model.apply({"params": params}, inputs, targets, method="loss")
 
-        arguments = jax.device_put((params, inputs, targets), device)
-        return jax.device_get(jax.jit(jax.value_and_grad(loss))(*arguments))
-
-    cpu = run(jax.devices("cpu")[0], "xla")
-    gpu = run(jax.devices("gpu")[0], None)
-    # Bound: bfloat16 activations through two blocks shift logits of size 0.02 * sqrt(256) = 0.3 by
-    # under 2**-6 of it, and random targets average the shifts over 512 tokens.
-    np.testing.assert_allclose(gpu[0], cpu[0], rtol=0, atol=2e-3)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gpu[1]))
+    cpu, gpu = on_both(jax.value_and_grad(loss), params, inputs, targets)
+    # Bound: of a million quantized entries some tens lie within float32 rounding of a boundary and
+    # may flip; a flip moves the logits of one token in 512, 0.3 in size, by a few percent.
+    np.testing.assert_allclose(gpu[0], cpu[0], rtol=0, atol=50 * 0.3 * 0.03 / 512)
+    norms = [np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(g))) for g in (gpu[1], cpu[1])]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=0.01)  # Bound: as above, for one in 512.
