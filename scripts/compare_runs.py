@@ -1,6 +1,7 @@
 """Prints a table of finished runs, and writes their results and a plot.
 
-    python scripts/compare_runs.py runs/bf16 runs/rtn_w4a4 runs/quest_w4a4 --out docs/results/mine
+Example:
+    python scripts/compare_runs.py runs/bf16 runs/quest_w4a4 --out docs/results/mine
 """
 
 import pathlib
