@@ -1,9 +1,12 @@
 """Llama with the sizes and settings of QuEST: Panferov et al., arXiv:2502.05003.
 
-Data first: python scripts/prepare_data.py --help
-Run:        python scripts/pretrain.py configs/llama.py --data prepared/NAME --size 30m
-Speed only: python scripts/pretrain.py configs/llama.py --data synthetic --size 800m --steps 30
-                --no-validate --no-save
+Data first, then training:
+  python scripts/prepare_data.py --help
+  python scripts/pretrain.py configs/llama.py --data prepared/NAME --size 30m
+
+Speed only, without any data:
+  python scripts/pretrain.py configs/llama.py --data synthetic --size 800m --steps 30
+      --no-validate --no-save
 
 Differences from the paper's runs: the data, and the tokenizer that comes with it. There, with 3
 billion tokens of C4, the 30M model reached a validation loss of 3.207 nats per token unquantized
@@ -81,6 +84,8 @@ def get_config(
     published_lr, published_tokens = PUBLISHED[size]
     peak_lr = published_lr if peak_lr is None else peak_lr
     tokens = published_tokens if tokens is None else tokens
+    if batch_size < 1 or seq_len < 1:  # divisors of the next line
+        raise ValueError(f"batch_size and seq_len must be at least 1, got {batch_size}, {seq_len}.")
     steps = max(round(tokens / (batch_size * seq_len)), 1) if steps is None else steps
     dataset = open_corpus(data, vocab_size=32000)
     dot = get_recipe(recipe)

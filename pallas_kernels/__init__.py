@@ -1,1 +1,1 @@
-"""GPU kernels, each held to a reference in plain `jax.numpy`, and tools to compare and time them."""
+"""GPU kernels, each held to a reference in plain `jax.numpy`; tools to compare and time them."""

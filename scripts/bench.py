@@ -14,7 +14,6 @@ import tyro
 from lowbit_jax.ops import get_recipe, quantized_dot
 from pallas_kernels.testing import time_device
 
-
 RECIPES = ("bf16", "fp8_tensorwise", "rtn_w4a4", "mxfp4_forward", "quest_w4a4")
 
 
@@ -22,13 +21,7 @@ def main(
     tokens: int = 16384,
     n: int = 4096,
     k: int = 4096,
-    recipes: tuple[str, ...] = (
-        "bf16",
-        "fp8_tensorwise",
-        "rtn_w4a4",
-        "mxfp4_forward",
-        "quest_w4a4",
-    ),
+    recipes: tuple[str, ...] = RECIPES,
     repeats: int = 20,
 ) -> int:
     """Times `y = x w^T` and its gradients; ratios are to the first recipe's medians.

@@ -61,6 +61,13 @@ class Options:
 
 
 def main(options: Options) -> None:
+    kind, _, size = options.tokenizer.partition(":")
+    # `train_bpe` would say so too, after all files were read for its sample.
+    if kind == "bpe" and not (size.isdecimal() and int(size) >= 257):
+        raise ValueError(
+            "--tokenizer bpe:N needs a vocabulary of at least 257 (bytes, end of text), got"
+            f" {options.tokenizer!r}; 16384 suits a small model."
+        )
     data.check_destination(options.out, overwrite=options.overwrite)
     sources = list(options.paths) or [Path(data.__path__[0], "texts", "moby-dick.txt")]
     packed_bytes = sum(path.stat().st_size for path in data.find_files(sources))
@@ -75,11 +82,11 @@ def main(options: Options) -> None:
                 on_read=lambda count: progress.advance(task, count),
             )
 
-        if options.tokenizer.startswith("bpe:"):
+        if kind == "bpe":
             sample_bytes = int(options.sample_mb * 1e6)
             sample = data.sample_train(read("sampling"), sample_bytes, options.validation_fraction)
             CONSOLE.print(f"learning a BPE from {sum(map(len, sample)) / 1e6:.1f} MB of text ...")
-            chosen = data.train_bpe(sample, int(options.tokenizer.removeprefix("bpe:")))
+            chosen = data.train_bpe(sample, int(size))
         else:
             chosen = data.load_tokenizer(options.tokenizer)
         start = time.perf_counter()
@@ -107,5 +114,5 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"prepare_data: {error}")

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
+    except (Diverged, OSError) as error:  # OSError: the disk is full, for example
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as stopped:

@@ -1,7 +1,5 @@
 """What can only be seen on a GPU: it computes what the CPU computes, by the path it should take."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from lowbit_jax.models.llama import Llama, LlamaConfig, llama_rules
 from lowbit_jax.numerics import dequantize, quantize
 from lowbit_jax.numerics.presets import PRESETS
 from lowbit_jax.numerics.scales import POWER_OF_TWO_RULES
-from lowbit_jax.ops import recipes
+from lowbit_jax.ops import dispatch, recipes
 from lowbit_jax.ops.attention import attention
 from lowbit_jax.ops.quantized_dot import quantized_dot
 from lowbit_jax.ops.report import explain
@@ -65,7 +63,7 @@ def test_hadamard_keeps_float32_precision(dtype):
 
 
 def test_fp8_recipe_takes_the_float8_path_and_computes_the_same():
-    if jax.devices()[0].compute_capability < "8.9":
+    if (dispatch.cuda_capability() or (0, 0)) < (8, 9):
         pytest.skip("needs FP8 tensor cores")
     x, w = normal((256, 512), jnp.bfloat16), normal((128, 512), seed=1)
     x, w = jax.device_put((x, w), jax.devices("gpu")[0])

@@ -63,14 +63,18 @@ def split_pieces(
 
 
 def sample_train(
-    pieces: Iterable[Piece], sample_bytes: int, validation_fraction: float = 0.0
+    pieces: Iterable[Piece], sample_bytes: int, validation_fraction: float = 0.01
 ) -> list[bytes]:
     """An even sample of the train pieces, between a half and all of `sample_bytes` where there
     are as many.
 
     Every `stride`-th piece is kept; when they grow beyond `sample_bytes`, every second of those is
     dropped and the stride doubles. One pass; the validation split stays unseen, so that a
-    tokenizer trained on the sample knows nothing of it.
+    tokenizer trained on the sample knows nothing of it: pass the fraction that `write_dataset`
+    gets.
+
+    Raises:
+      ValueError: If the fraction lies outside [0, 0.5].
     """
     kept: list[bytes] = []
     kept_bytes, stride, number = 0, 1, 0

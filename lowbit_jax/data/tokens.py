@@ -155,8 +155,14 @@ def write_dataset(
       The dataset, opened.
 
     Raises:
-      ValueError: If the directory holds a finished dataset, or the stream has no text.
+      ValueError: If the directory holds a finished dataset, the stream has no text, or `documents`
+        is a single one.
     """
+    if isinstance(documents, str | bytes):  # whose items are characters, or numbers
+        raise ValueError(
+            f"write_dataset: documents must be an iterable of texts, got one {type(documents)};"
+            " pass [text], or read_documents([path]) for a file."
+        )
     directory = Path(directory)
     is_validation(0, validation_fraction)  # complains before anything is removed
     _clear(directory, overwrite)

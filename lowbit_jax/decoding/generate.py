@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 def generate(
     apply_fn: Callable[[Any, Int[Array, "b w"]], Float[Array, "b w v"]],
     params: Any,
-    prompt: Shaped[Array, "..."],
+    prompt: Shaped[Array | np.ndarray, "..."],
     *,
     steps: int,
     temperature: float = 1.0,

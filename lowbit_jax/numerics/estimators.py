@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
 from lowbit_jax.numerics.quantize import Key, quantize_values
 from lowbit_jax.numerics.spec import QuantSpec
@@ -28,7 +28,7 @@ _SLACK = 1 + 2.0**-22
 
 
 def quantize_and_mask(
-    x: Shaped[Array, "..."],
+    x: Shaped[ArrayLike, "..."],
     spec: QuantSpec,
     estimator: Estimator,
     clip_scale: float = 1.0,
@@ -72,7 +72,7 @@ def check_estimator(estimator: str) -> None:
 
 
 def fake_quantize(
-    x: Shaped[Array, "..."],
+    x: Shaped[ArrayLike, "..."],
     spec: QuantSpec,
     *,
     estimator: Estimator = "straight_through",
@@ -89,13 +89,14 @@ def fake_quantize(
       key: For stochastic rounding; its cotangent is float0.
 
     Returns:
-      Same shape and dtype as x. In bfloat16 the values are rounded once more: exact as long as
-      level times scale fits 8 bits, as it does for e2m1 with power-of-two scales.
+      Same shape and dtype as x; it has no forward-mode derivative. In bfloat16 the values are
+      rounded once more: exact as long as level times scale fits 8 bits, as it does for e2m1 with
+      power-of-two scales.
 
     Raises:
       ValueError: As `quantize_and_mask`.
     """
-    return _fake_quantize(x, key, spec, estimator, clip_scale)
+    return _fake_quantize(jnp.asarray(x), key, spec, estimator, clip_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -6,7 +6,6 @@ that can change a bit: maxima of bit patterns, exponents by shifts, sums of inte
 quantizing gives the same codes eagerly, under `jit` and under `vmap`.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -116,8 +115,3 @@ def reciprocal(value: float) -> np.float32:
     here makes the eager result the same.
     """
     return np.float32(1.0 / value)
-
-
-def is_floating(x: jax.Array) -> bool:
-    """True where `x` has a floating dtype, bfloat16 and float8 included."""
-    return jnp.issubdtype(x.dtype, jnp.floating)

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped, UInt32
 
-from lowbit_jax.numerics.floats import is_floating
 from lowbit_jax.numerics.formats import decode, encode, pack, unpack
 from lowbit_jax.numerics.qtensor import QTensor
 from lowbit_jax.numerics.rounding import round_to_grid
@@ -33,7 +32,7 @@ from lowbit_jax.numerics.spec import QuantSpec
 Key = PRNGKeyArray | UInt32[Array, "2"] | None
 
 
-def quantize(x: Shaped[Array, "..."], spec: QuantSpec, *, key: Key = None) -> QTensor:
+def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -> QTensor:
     """Rounds `x / scale` to the grid of `spec.format`, the scale of each block by `spec.scale`.
 
     A block with a NaN or an infinity gets a NaN scale and decodes to NaN as a whole; a zero block
@@ -51,6 +50,7 @@ def quantize(x: Shaped[Array, "..."], spec: QuantSpec, *, key: Key = None) -> QT
       ValueError: If x is not floating, k is not a multiple of the block size, the codes do not
         fill whole bytes, or stochastic rounding has no key.
     """
+    x = jnp.asarray(x)
     grid, _ = _to_grid("quantize", x, spec, key)
     format = spec.format
     codes = encode(grid.levels, format)
@@ -72,7 +72,15 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
 
     Returns:
       `(*batch, k)`.
+
+    Raises:
+      ValueError: If the dtype is not floating.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"dequantize: dtype must be floating, got {jnp.dtype(dtype)}; the codes themselves are"
+            " q.codes."
+        )
     format = q.spec.format
     if format.bits < 8:
         codes = unpack(q.codes, format.bits)
@@ -87,7 +95,7 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
 
 
 def quantize_values(
-    x: Shaped[Array, "..."], spec: QuantSpec, *, key: Key = None
+    x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """`dequantize(quantize(x))` bit for bit, without packing, and `x` in units of its scale.
 
@@ -103,6 +111,7 @@ def quantize_values(
     Raises:
       ValueError: As `quantize`, whole bytes excepted.
     """
+    x = jnp.asarray(x)
     grid, units = _to_grid("quantize_values", x, spec, key)
     values = multiply_by_scales(grid.levels, grid.scales, grid.global_scale)
     return values.reshape(x.shape), units.reshape(x.shape)
@@ -138,7 +147,7 @@ def _to_blocks(x, spec):
 
 
 def _check(who, x, spec, key):
-    if not is_floating(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{who}: x must be floating, got {x.dtype}; cast it first, or if these are codes,"
             " use dequantize."

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from lowbit_jax.numerics.floats import floor_log2, power_of_two
 from lowbit_jax.numerics.formats import Format
@@ -18,7 +18,7 @@ Rounding = Literal["nearest", "stochastic"]
 
 
 def round_to_grid(
-    y: Float[Array, "*shape"],
+    y: Float[ArrayLike, "*shape"],
     format: Format,
     rounding: Rounding = "nearest",
     key: PRNGKeyArray | None = None,
@@ -35,7 +35,7 @@ def round_to_grid(
       Levels, same shape. A float format keeps the sign of zero, the others have one zero.
 
     Raises:
-      ValueError: If stochastic rounding is asked for without a key.
+      ValueError: If stochastic rounding is asked for without a key, or there is no such rounding.
     """
     if rounding == "stochastic":
         if key is None:
@@ -44,7 +44,11 @@ def round_to_grid(
                 " key=jax.random.key(...), a new one every step."
             )
         return stochastic_round(y, format, key)
-    y = y.astype(jnp.float32)
+    if rounding != "nearest":
+        raise ValueError(
+            f"round_to_grid: rounding must be 'nearest' or 'stochastic', got {rounding!r}."
+        )
+    y = jnp.asarray(y, jnp.float32)
     if format.kind == "midrise":
         # Not round(y - 1/2) + 1/2, which loses the sign of a tiny y.
         j = jnp.floor(y)
@@ -62,7 +66,7 @@ def round_to_grid(
 
 
 def stochastic_round(
-    x: Float[Array, "*shape"], format: Format, key: PRNGKeyArray
+    x: Float[ArrayLike, "*shape"], format: Format, key: PRNGKeyArray
 ) -> Float[Array, "*shape"]:
     """Rounds up with probability `(x - lo) / (hi - lo)`, `lo <= x <= hi` the neighbouring levels.
 
@@ -78,7 +82,7 @@ def stochastic_round(
     Returns:
       Levels in float32, same shape.
     """
-    y = jnp.clip(x.astype(jnp.float32), -format.max, format.max)
+    y = jnp.clip(jnp.asarray(x, jnp.float32), -format.max, format.max)
     magnitude = jnp.abs(y)
     bits = jax.random.bits(key, y.shape, jnp.uint32)
     # The magnitude is rounded, not y: a tiny negative y has no exact distance to the level below.

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from lowbit_jax.ops.dispatch import cuda_capability
+
 AttentionImplementation = Literal["cudnn", "xla"]
 
 
@@ -94,24 +96,13 @@ def choose_implementation(
         return "xla", "asked for by name"
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
         return "xla", f"cuDNN takes bfloat16 and float16, not {jnp.dtype(dtype)}"
-    capability = _cuda_compute_capability()
+    capability = cuda_capability()
     if capability is None:
         return "xla", "the default device is no NVIDIA GPU"
     if capability < (8, 0):
-        return "xla", f"cuDNN needs compute capability 8.0, this GPU has {capability}"
+        return "xla", "cuDNN needs compute capability 8.0, this GPU has {}.{}".format(*capability)
     # The limits of jax's own check: 256 from Hopper on, 128 before.
     widest = 256 if capability >= (9, 0) else 128
     if head_dim > widest or head_dim % 8:
         return "xla", f"cuDNN takes head widths up to {widest}, multiples of 8, not {head_dim}"
     return "cudnn", "NVIDIA GPU and a shape that cuDNN takes"
-
-
-def _cuda_compute_capability() -> tuple[int, int] | None:
-    """Of the first local device of the default backend; `None` if that is no NVIDIA GPU."""
-    if jax.default_backend() != "gpu":
-        return None
-    device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return None
-    major, minor = str(device.compute_capability).split(".")
-    return int(major), int(minor)

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped
 
 from lowbit_jax.numerics import QuantSpec, quantize, quantize_and_mask, quantize_values
 from lowbit_jax.ops import dispatch
@@ -19,8 +19,8 @@ _COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def quantized_dot(
-    x: Shaped[Array, "..."],
-    w: Shaped[Array, "..."],
+    x: Shaped[ArrayLike, "..."],
+    w: Shaped[ArrayLike, "..."],
     recipe: DotRecipe,
     *,
     key: PRNGKeyArray | None = None,
@@ -36,7 +36,8 @@ def quantized_dot(
     masks are not differentiated.
 
     Quantizers compute in float32, from `w` as it comes: hand over the float32 master weights.
-    Operands of the products are in the dtype of `x`, sums in float32. `dx` is rounded to the dtype
+    Operands of the products are in the dtype of `x`, sums in float32; a GPU may shorten float32
+    operands to TF32 unless `jax.default_matmul_precision` forbids it. `dx` is rounded to the dtype
     of `x` before it is rotated back; `dw` stays float32 to the end.
     Kept for the backward pass: the quantized operands, in the dtype of `x` or as float8 codes, and
     the masks, one byte an entry; `x` and `w` themselves only where they are not quantized.
@@ -63,6 +64,7 @@ def quantized_dot(
     References:
       Panferov et al., QuEST, arXiv:2502.05003; Castro et al., Quartet, arXiv:2505.14669.
     """
+    x, w = jnp.asarray(x), jnp.asarray(w)
     return _quantized_dot(x, w, recipe, key, implementation, x.dtype)
 
 

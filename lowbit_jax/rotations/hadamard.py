@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped
 
 Method = Literal["matrix", "butterfly"]
 
@@ -29,7 +29,7 @@ def hadamard_matrix(n: int) -> np.ndarray:
 
 
 def hadamard_transform(
-    x: Shaped[Array, "..."],
+    x: Shaped[ArrayLike, "..."],
     block_size: int,
     method: Method = "matrix",
     *,
@@ -56,8 +56,9 @@ def hadamard_transform(
       ValueError: If the block size is no power of two or does not divide `k`, if `x` is not of a
         floating-point dtype, or if there is no such method.
     """
-    _check_input("hadamard_transform", x, block_size)
-    blocks = x.reshape(*x.shape[:-1], -1, block_size)
+    x = jnp.asarray(x)
+    _check_input(x, block_size)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
     # float64 stays what it is, where somebody has enabled it.
     sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     # Only where the operands have more bits than a tensor core's single pass takes.
@@ -126,23 +127,22 @@ class Hadamard:
         return self.randomized
 
     def apply(
-        self, x: Shaped[Array, "..."], *, key: PRNGKeyArray | None = None
+        self, x: Shaped[ArrayLike, "..."], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "..."]:
         """`(x * signs) H / sqrt(block_size)`, `(*batch, k)` to `(*batch, k)` float32.
 
         Raises:
           ValueError: If `k` is not a multiple of the block size, or a needed `key` is missing.
         """
-        _check_input("Hadamard.apply", x, self.block_size)
         if self.randomized:
+            x = jnp.asarray(x)
             x = x * self._signs(x, key)
         return hadamard_transform(x, self.block_size, self.method)
 
     def inverse(
-        self, x: Shaped[Array, "..."], *, key: PRNGKeyArray | None = None
+        self, x: Shaped[ArrayLike, "..."], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "..."]:
         """`(x H / sqrt(block_size)) * signs`; arguments and result as those of `apply`."""
-        _check_input("Hadamard.inverse", x, self.block_size)
         x = hadamard_transform(x, self.block_size, self.method)
         return x * self._signs(x, key) if self.randomized else x
 
@@ -160,12 +160,14 @@ def _check_power_of_two(who: str, name: str, n: int) -> None:
         raise ValueError(f"{who}: {name} must be a power of two from 2 on, got {n}.")
 
 
-def _check_input(who: str, x, block_size: int) -> None:
-    _check_power_of_two(who, "block_size", block_size)
+def _check_input(x, block_size: int) -> None:
+    _check_power_of_two("hadamard_transform", "block_size", block_size)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{who}: x must be floating point, got {x.dtype}; cast it first.")
+        raise ValueError(
+            f"hadamard_transform: x must be floating point, got {x.dtype}; cast it first."
+        )
     if x.ndim == 0 or x.shape[-1] % block_size:
         raise ValueError(
-            f"{who}: the last axis must be a multiple of block_size={block_size},"
+            f"hadamard_transform: the last axis must be a multiple of block_size={block_size},"
             f" got shape {x.shape}; pad it or choose a smaller power of two."
         )

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from lowbit_jax.numerics import QuantSpec, quantize_values
 
@@ -38,14 +38,14 @@ class GridProjection:
     spec: QuantSpec
     rotation: InvertibleMap | None = None
 
-    def __call__(self, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Shaped[ArrayLike, "..."]) -> Float[Array, "..."]:
         """Projects `(*batch, k)`; same shape and dtype, float32 arithmetic, no gradient."""
+        x = jax.lax.stop_gradient(jnp.asarray(x))
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
                 f"onto_grid: x must be floating point, got {x.dtype}; project float weights,"
                 " not their codes."
             )
-        x = jax.lax.stop_gradient(x)
         values = x.astype(jnp.float32)
         if self.rotation is not None:
             values = self.rotation.apply(values)

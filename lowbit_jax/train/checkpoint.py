@@ -32,10 +32,11 @@ def save_checkpoint(
       directory: Folder of all checkpoints of a run.
       state: Arrays of any dtype that Orbax stores.
       metadata: JSON values that go into the manifest, such as versions of packages.
-      keep: How many of the newest undamaged checkpoints stay.
+      keep: How many of the newest complete checkpoints stay.
 
     Raises:
       ValueError: If the state holds a NaN or an infinity; nothing is written then.
+      OSError: If it cannot be written, the disk being full for example; older ones stay.
     """
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}.")
@@ -50,9 +51,16 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     step = int(state.step)
     temporary, final = directory / f".writing-{step}", directory / f"step_{step:08d}"
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(temporary / "arrays", state)
-        checkpointer.wait_until_finished()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary / "arrays", state)
+            checkpointer.wait_until_finished()
+    except (ValueError, OSError) as error:  # TensorStore reports a full disk as a ValueError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"save_checkpoint: cannot write step {step} to {directory}; the checkpoints before it"
+            f" are untouched. The cause: {error}"
+        ) from error
     manifest = {
         "step": step,
         "arrays": _describe(state),
@@ -65,10 +73,14 @@ def save_checkpoint(
     }
     manifest = {"sha256": _hash_json(manifest), **manifest}
     write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    for path in (*temporary.rglob("*"), temporary):
+        _sync(path)  # a power failure must not take the content of what the next lines name
+    replaced = directory / f".writing-{step}-replaced"
     if final.exists():  # a damaged one that resuming skipped, or a repeat of the same step
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
-    _sync_folder(directory)
+    _sync(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
     # A damaged checkpoint must not push out an undamaged one: only complete ones count.
     complete = [path for path in list_checkpoints(directory) if (path / MANIFEST).exists()]
     for old in complete[:-keep]:
@@ -176,8 +188,8 @@ def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _sync_folder(directory: pathlib.Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

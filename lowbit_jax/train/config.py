@@ -68,9 +68,13 @@ class Config:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "micro_batches", "eval_interval",
-                     "eval_batches", "checkpoint_interval", "keep_checkpoints"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UsageError(f"Config: {name} must be at least 1, got {getattr(self, name)}.")
+                     "eval_batches", "final_eval_batches", "checkpoint_interval",
+                     "keep_checkpoints"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"Config: {name} must be at least 1, got {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"Config: seed must be in [0, 2**32), got {self.seed}.")
         if self.batch_size % self.micro_batches:
             raise UsageError(
                 f"Config: batch_size must be a multiple of micro_batches={self.micro_batches},"
@@ -104,7 +108,7 @@ class RunIdentity:
     Attributes:
       name: Of the configuration, such as "llama_tiny_quest_cage".
       source: Text of the configuration file.
-      arguments: All arguments of its `get_config`, JSON values.
+      arguments: All arguments of its `get_config`; a value that JSON lacks counts as its `str`.
       overrides: Those that differ from their defaults.
     """
 
@@ -142,6 +146,9 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, RunIdentity, RunOpt
     path = pathlib.Path(arguments[0])
     module = load_config_file(path)
 
+    # tyro reads the function behind `wraps`.
+    module.get_config.__doc__ = _unwrap(module.get_config.__doc__ or "")
+
     @functools.wraps(module.get_config)
     def collect(**knobs):
         return knobs
@@ -163,7 +170,7 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, RunIdentity, RunOpt
     identity = RunIdentity(path.stem, path.read_text(encoding="utf-8"), knobs, overrides)
     try:
         config = module.get_config(**knobs)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise UsageError(f"{path}: {error}") from error
     return config, identity, options
 
@@ -198,6 +205,15 @@ def check_data(config: Config, *, needs_validation: bool = True) -> None:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _unwrap(docstring: str) -> str:
+    """Joins the lines of each argument's text; tyro would break them where the source does."""
+    return re.sub(
+        r"(\n *)(\w+: .*)((?:\1 +\S.*)+)",
+        lambda found: found[1] + found[2] + re.sub(r"\s+", " ", found[3]),
+        docstring,
+    )
 
 
 def _known_configs() -> str:

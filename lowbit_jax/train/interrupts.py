@@ -5,9 +5,12 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Launchers such as `timeout` signal the process and then its group: that is one request.
+_SAME_REQUEST_S = 0.5
 
 
 class Interrupted(Exception):
@@ -40,6 +43,7 @@ def listen_for_signals(
 
     Python runs signal handlers between bytecodes, so during a long compilation neither would be
     seen. The interpreter writes the number to a socket right away, though; a thread reads it.
+    A repetition within half a second is the same request, for launchers send their signal twice.
     Outside the main thread nothing is installed: signals are then the caller's affair.
 
     Args:
@@ -54,6 +58,7 @@ def listen_for_signals(
     writer.setblocking(False)
 
     def watch() -> None:
+        requested = 0.0
         while numbers := reader.recv(64):
             for number in numbers:
                 if number not in _SIGNALS:  # 0 ends the thread; others are not ours
@@ -61,8 +66,11 @@ def listen_for_signals(
                         return
                     continue
                 if request:
+                    if time.monotonic() - requested < _SAME_REQUEST_S:
+                        continue
                     at_once()
                     os._exit(128 + number)
+                requested = time.monotonic()
                 try:
                     announce(
                         f"{signal.Signals(number).name}: finishing this step, then saving;"

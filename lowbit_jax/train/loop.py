@@ -13,19 +13,19 @@ from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
 from lowbit_jax.data.pipeline import make_batches, validation_batches
-from lowbit_jax.models import Llama
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
 from lowbit_jax.train.config import Config, RunIdentity, RunOptions, UsageError, check_data
 from lowbit_jax.train.evaluate import Evaluation, make_evaluate
 from lowbit_jax.train.interrupts import Interrupted, StopRequest, listen_for_signals
 from lowbit_jax.train.run_directory import RunDirectory, open_run_directory, versions
-from lowbit_jax.train.state import TrainState, create_state
+from lowbit_jax.train.state import TrainState, create_state, nonfinite_leaves
 from lowbit_jax.train.step import (
     Metrics,
     StepPlan,
     first_offender,
     loss_function,
     make_train_step,
+    needs_key,
 )
 from lowbit_jax.train.summary import Summary, describe_model, load_summary, summarize
 from lowbit_jax.train.tracking import MetricsLog, Progress, Throughput, read_metrics
@@ -74,10 +74,7 @@ def train(
     check_data(config, needs_validation=options.validate)
     with open_run_directory(identity, options.run_dir, fresh=options.fresh) as run:
         if (finished := load_summary(run.path)) is not None:
-            console.print(
-                f"{run.path} holds this run, finished; pass --fresh to train it anew.",
-                soft_wrap=True,
-            )
+            _say(console, f"{run.path} holds this run, finished; pass --fresh to train it anew.")
             return finished
         return _Run(config, run, options, console).train(generate)
 
@@ -87,8 +84,11 @@ class _Run:
 
     def __init__(self, config: Config, run: RunDirectory, options: RunOptions, console: Console):
         self.config, self.run, self.options, self.console = config, run, options, console
-        self.plan = StepPlan(config.micro_batches, config.seed, needs_key=_needs_key(config.model))
+        self.plan = StepPlan(config.micro_batches, config.seed, needs_key=needs_key(config.model))
         self.loss_fn = loss_function(config.model)
+        self.train_step = make_train_step(
+            self.loss_fn, config.optimizer, self.plan, learning_rate=config.learning_rate
+        )
         self.evaluate = make_evaluate(self.loss_fn)
         # Without text behind the tokens (synthetic data) there are no bits per byte.
         bytes_per_token = config.data.validation.bytes_per_token
@@ -98,7 +98,6 @@ class _Run:
 
     def train(self, generate: Generate | None) -> Summary:
         config = self.config
-        self.console.print(describe_model(config), soft_wrap=True)
         state = self.initial_state()
         start = int(state.step)
         progress = Progress(self.console, config.steps, start)
@@ -120,7 +119,7 @@ class _Run:
             final=final,
             tokens_per_s=self.throughput.overall(),
             generate=generate,
-            has_checkpoint=self.options.save,
+            has_checkpoint=self.run.checkpoints.exists(),
         )
 
     def initial_state(self) -> TrainState:
@@ -138,27 +137,26 @@ class _Run:
 
         # A key that no step has: those are folded with step numbers.
         key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)
-        if self.options.save:
+        tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.int32)
+        try:
+            _say(self.console, describe_model(config))
             target = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
                 jax.eval_shape(create, key),
             )
-            try:
-                restored = restore_latest(self.run.checkpoints, target, warn=self.warn)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
-            if restored is not None:
-                state, _ = restored
-                self.console.print(f"resuming {self.run.path} after step {int(state.step)}")
-                return state
-        return create(key)
+            self.train_step.trace(target, (tokens, tokens))  # shapes that a recipe refuses
+            restored = restore_latest(self.run.checkpoints, target, warn=self.warn)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if restored is None:
+            return create(key)
+        state, _ = restored
+        _say(self.console, f"resuming {self.run.path} after step {int(state.step)}")
+        return state
 
     def steps(self, state: TrainState, stop: StopRequest) -> tuple[TrainState, Evaluation | None]:
         """Takes the remaining steps; returns the state and the last validation."""
         config, evaluation = self.config, None
-        train_step = make_train_step(
-            self.loss_fn, config.optimizer, self.plan, learning_rate=config.learning_rate
-        )
         done = int(state.step)
         if done < config.steps:
             batches = self.batches(done)
@@ -180,7 +178,7 @@ class _Run:
                 raise Interrupted(self.farewell(done), stop.number)
             if is_last:
                 return state, evaluation
-            state, metrics = train_step(state, batch)
+            state, metrics = self.train_step(state, batch)
             for value in (metrics.loss, metrics.grad_norm, metrics.learning_rate):
                 value.copy_to_host_async()
             done += 1
@@ -240,8 +238,9 @@ class _Run:
         self.throughput.pause()
         if evaluation is not None and not math.isfinite(evaluation.loss):
             raise Diverged(
-                f"train: the validation loss after step {step} is {evaluation.loss}; the"
-                f" checkpoints in {self.run.checkpoints} are from before."
+                f"train: the validation loss after step {step} is {evaluation.loss}, parameters"
+                f" that are not finite: {nonfinite_leaves(state.params)[:3]}; the checkpoints in"
+                f" {self.run.checkpoints} are from before."
             )
         if evaluation is not None and step not in self.validated:
             self.log.write(
@@ -268,11 +267,13 @@ class _Run:
     def farewell(self, step: int) -> str:
         if not self.options.save:
             return f"stopped after step {step}; nothing was saved (--no-save)"
+        if step == 0:
+            return "stopped before the first step; the same command starts again"
         return f"stopped after step {step}, saved in {self.run.path}; the same command resumes"
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", markup=False, soft_wrap=True)
+        _say(self.console, f"warning: {text}")
 
 
-def _needs_key(model: Llama) -> bool:
-    return any(recipe.needs_key for _, recipe in model.config.recipe_rules)
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

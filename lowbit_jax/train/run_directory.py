@@ -16,9 +16,9 @@ import jax
 from lowbit_jax.train.checkpoint import list_checkpoints, write_atomically
 from lowbit_jax.train.config import RunIdentity, UsageError
 
-# Everything a run writes; --fresh removes these and nothing else.
-_OURS = ("run.json", "config.py", "versions.json", "metrics.jsonl", "summary.json", "loss.png",
-         "sample.txt", "tensorboard", "checkpoints")  # fmt: skip
+# What a run leaves beside run.json and config.py, the mark of a finished run first.
+_OUTPUTS = ("summary.json", "checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "sample.txt",
+            "versions.json")  # fmt: skip
 
 
 class RunDirectory:
@@ -77,23 +77,37 @@ def open_run_directory(
 def _open(path: pathlib.Path, identity: RunIdentity, *, empty: bool) -> RunDirectory:
     if path.exists() and not path.is_dir():
         raise UsageError(f"run directory: {path} is a file; choose another --run-dir.")
+    if any(character in str(path.absolute()) for character in "*?["):
+        raise UsageError(  # Orbax takes them for patterns and loses the arrays
+            f"run directory: the path must be free of *, ? and [, got {path.absolute()}; choose"
+            " another --run-dir."
+        )
     known = path / "run.json"
     if path.is_dir() and not known.exists():
-        others = sorted(p.name for p in path.iterdir() if p.name not in (*_OURS, ".lock"))
+        # A kill before run.json was in place leaves these.
+        early = ("config.py", ".config.py.writing", ".run.json.writing", ".lock")
+        others = sorted(p.name for p in path.iterdir() if p.name not in early)
         if others:
             raise UsageError(
                 f"run directory: {path} is not empty and no run's folder (it holds {others[0]});"
                 " choose another --run-dir."
             )
-    path.mkdir(parents=True, exist_ok=True)
-    lock = _lock(path)
     try:
-        if empty:
-            for name in _OURS:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except OSError as error:
+        raise UsageError(
+            f"run directory: cannot write in {path} ({error}); choose another --run-dir."
+        ) from error
+    try:
+        if empty:  # run.json last, and replaced: no kill leaves checkpoints without their settings
+            for name in _OUTPUTS:
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        # As it will come back from the file, where a tuple is a list and a path a string.
         record = {"name": identity.name, "arguments": identity.arguments}
-        if known.exists():
+        record = json.loads(json.dumps(record, default=str))
+        if known.exists() and not empty:
             _check_same_run(path, json.loads(known.read_text()), record, identity.source)
         else:
             write_atomically(path / "config.py", identity.source)
@@ -132,7 +146,7 @@ def _lock(path: pathlib.Path) -> IO[str]:
     lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held while the run lasts
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()

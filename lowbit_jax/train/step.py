@@ -55,6 +55,11 @@ def loss_function(model: nn.Module) -> LossFn:
     return loss_fn
 
 
+def needs_key(model: nn.Module) -> bool:
+    """Whether a recipe of `model` draws random bits."""
+    return any(recipe.needs_key for _, recipe in model.config.recipe_rules)
+
+
 def make_train_step(
     model: nn.Module | LossFn,
     tx: optax.GradientTransformation,

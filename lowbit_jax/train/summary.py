@@ -66,7 +66,12 @@ class Summary:
     def __str__(self) -> str:
         lines = []
         if self.sample is not None:
-            lines += ["sample:", f"  {self.sample_prompt}|{self.sample}".replace("\n", "\n  "), ""]
+            shown = f"{self.sample_prompt}|{self.sample}".replace("\n", "\n  ")
+            # Bytes of an untrained model may be control codes: none may reach the terminal.
+            shown = "".join(
+                c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown
+            )
+            lines += ["sample:", f"  {shown}", ""]
         lines.append(f"{self.train_tokens:,} tokens in {self.steps:,} steps on {self.device}")
         if self.tokens_per_s is not None:
             mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
@@ -122,7 +127,7 @@ def summarize(
       final: The last validation, if there was one.
       tokens_per_s: As the loop measured it.
       generate: See `train`.
-      has_checkpoint: Whether checkpoints were written.
+      has_checkpoint: Whether there are checkpoints.
     """
     sample = None
     if generate is not None and config.sample_prompt:

@@ -156,7 +156,8 @@ class Progress:
     def __init__(self, console: Console, steps: int, start_step: int = 0, every_s: float = 10.0):
         """`every_s`: seconds between plain lines."""
         self._console, self._steps, self._every_s = console, steps, every_s
-        self._started, self._start_step = time.perf_counter(), start_step
+        # Step and time of the first update: what came before was compilation.
+        self._first: tuple[int, float] | None = None
         self._last_line = -math.inf
         self._bar = None
         if console.is_terminal:
@@ -184,11 +185,14 @@ class Progress:
         if step < self._steps and now - self._last_line < self._every_s:
             return
         self._last_line = now
-        done = step - self._start_step
-        left_s = (now - self._started) / done * (self._steps - step)
-        self._console.print(
-            f"step {step}/{self._steps}  {shown}  {_clock(left_s)} left", highlight=False
-        )
+        left = ""
+        if self._first is None:
+            self._first = step, now
+        else:
+            first_step, first_time = self._first
+            left_s = (now - first_time) / (step - first_step) * (self._steps - step)
+            left = f"  {_clock(left_s)} left"
+        self._console.print(f"step {step}/{self._steps}  {shown}{left}", highlight=False)
 
     def message(self, text: str) -> None:
         """Prints a line of text, above the bar if there is one."""

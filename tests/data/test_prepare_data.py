@@ -3,15 +3,16 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from lowbit_jax.data import open_dataset
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
 
-def run(*args):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300
-    )
+def run(*args, cwd=None):
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
 
 
 def test_the_script_trains_a_tokenizer_and_writes_a_dataset_once(tmp_path):
@@ -30,3 +31,23 @@ def test_the_script_trains_a_tokenizer_and_writes_a_dataset_once(tmp_path):
     assert second.returncode == 1
     assert "prepare_data: write_dataset:" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokenizer", "bpe:16k"), "needs a vocabulary of at least 257"),
+        (("--tokenizer", "bpe:256"), "needs a vocabulary of at least 257"),
+        (("--tokenizer", "gpt2"), "load_tokenizer: takes"),
+        (("--out", "a.txt"), "File exists"),
+    ],
+    ids=str,
+)
+def test_a_wrong_call_is_told_without_a_traceback(tmp_path, arguments, message):
+    (tmp_path / "a.txt").write_text("Call me Ishmael.")
+    call = run(tmp_path / "a.txt", "--out", tmp_path / "d", *arguments, cwd=tmp_path)
+    assert call.returncode == 1
+    assert "prepare_data: " in call.stderr
+    assert message in call.stderr
+    assert "Traceback" not in call.stderr
+    assert not (tmp_path / "d").exists()

@@ -61,4 +61,6 @@ def test_a_sample_is_even_bounded_and_blind_to_validation():
     gaps = [b - a for a, b in itertools.pairwise(numbers)]
     assert min(gaps) >= 128
     assert max(gaps) <= 130 * 10 / 9
-    assert sample_train(pieces[:3], 600) == [piece.text for piece in pieces[:3]]
+    assert sample_train(pieces[:3], 600, 0.0) == [piece.text for piece in pieces[:3]]
+    # By default, blind to what `write_dataset` holds out by default.
+    assert sample_train(pieces[:3], 600) == [pieces[0].text, pieces[2].text]

@@ -258,6 +258,8 @@ def test_a_finished_dataset_is_replaced_only_on_demand(dataset):
         write_dataset(["new"], ByteTokenizer(), dataset.path)
     with pytest.raises(ValueError, match=r"must lie in \[0, 0\.5\]"):
         write_dataset(["n"], ByteTokenizer(), dataset.path, overwrite=True, validation_fraction=2.0)
+    with pytest.raises(ValueError, match=r"an iterable of texts, got one .*; pass \[text\]"):
+        write_dataset("a text", ByteTokenizer(), dataset.path, overwrite=True)
     assert open_dataset(dataset.path, verify=True).fingerprint == dataset.fingerprint
     new = write_dataset(["new"], ByteTokenizer(), dataset.path, overwrite=True)
     assert new.train[:].tobytes() == b"new\0"

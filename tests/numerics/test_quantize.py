@@ -303,3 +303,12 @@ def test_calls_that_cannot_work_say_why():
     np.testing.assert_allclose(values, 1, rtol=2**-22)  # Bound: scale and product round.
     with pytest.raises(ValueError, match=r"at least one axis.*got shape \(\)"):
         quantize(jnp.float32(1), FP8_E4M3_TENSOR)
+    with pytest.raises(ValueError, match="dtype must be floating, got int8"):
+        dequantize(quantize(jnp.ones((2, 32)), MXFP4), jnp.int8)
+
+
+def test_numpy_arrays_are_taken_as_jax_takes_them(run):
+    x = np.random.default_rng(6).standard_normal(SHAPE)  # float64
+    q, _, values, _ = run(x, MXFP4)
+    assert_same_leaves(quantize(x, MXFP4), q)
+    assert_same_leaves(quantize_values(x, MXFP4)[0], values)

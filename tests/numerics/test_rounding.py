@@ -130,3 +130,12 @@ def test_stochastic_rounding_of_tiny_numbers_stays_next_to_zero():
 def test_stochastic_rounding_without_a_key_is_refused():
     with pytest.raises(ValueError, match=r"needs a random key.*key=jax\.random\.key"):
         round_to_grid(jnp.ones(3), E2M1, "stochastic")
+
+
+def test_numpy_numbers_are_taken_as_float32():
+    y = np.random.default_rng(6).uniform(-8, 8, 100)  # float64
+    expected = round_to_grid(jnp.float32(y), E2M1)
+    np.testing.assert_array_equal(round_to_grid(y, E2M1), expected)
+    key = jax.random.key(7)
+    expected = stochastic_round(jnp.float32(y), E2M1, key)
+    np.testing.assert_array_equal(stochastic_round(y, E2M1, key), expected)

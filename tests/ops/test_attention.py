@@ -87,7 +87,7 @@ def test_the_choice_gives_its_reason():
     ],
 )
 def test_cudnn_is_chosen_where_it_runs(monkeypatch, capability, head_dim, chosen):
-    monkeypatch.setattr("lowbit_jax.ops.attention._cuda_compute_capability", lambda: capability)
+    monkeypatch.setattr("lowbit_jax.ops.attention.cuda_capability", lambda: capability)
     assert choose_implementation(jnp.bfloat16, head_dim)[0] == chosen
 
 

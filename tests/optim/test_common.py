@@ -39,10 +39,9 @@ def onto_quarters(x):
 def cage_case(order):
     options = {
         "projection": onto_quarters,
-        "total_steps": STEPS,
+        "total_steps": SHORT,  # one silent step, then another strength at each count up to 0.3
         "strength": 0.3,
-        "silence": 0.0,
-        "kind": "constant",
+        "silence": 1 / SHORT,
         "order": order,
         "weight_decay": 0.0,
     }

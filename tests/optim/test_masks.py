@@ -44,6 +44,7 @@ PARAMS = {
         (["layers/0/.*", "head/weight"], {2.0, 3.0, 6.0}),
         (["(?!layers).*"], {1.0, 6.0, 7.0}),
         (["norm/value"], {7.0}),
+        (["layers|layers/0/weight"], {2.0}),  # the beginning of a path is not a path
         ([".*"], {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0}),
     ],
 )

@@ -121,3 +121,11 @@ def test_bad_arguments_are_refused():
         Hadamard(16, randomized=True).apply(jnp.ones((2, 32)))
     with pytest.raises(ValueError, match="key=None"):
         Hadamard(16, randomized=True).inverse(jnp.ones((2, 32)))
+    with pytest.raises(ValueError, match="must be floating point, got int32"):
+        Hadamard(16).apply(jnp.ones((2, 32), jnp.int32))
+
+
+def test_empty_batches_and_numpy_arrays_are_rotated():
+    chex.assert_shape(Hadamard(16).apply(jnp.ones((0, 32))), (0, 32))
+    x = np.arange(32.0)  # float64
+    np.testing.assert_array_equal(Hadamard(16).apply(x), Hadamard(16).apply(jnp.float32(x)))

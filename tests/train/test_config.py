@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from lowbit_jax.models import Llama, count_params
 from lowbit_jax.train.config import Config, UsageError, check_data, load_config_file, parse_command
 
 from .conftest import CONFIG, ROOT
@@ -72,8 +73,12 @@ def test_an_unknown_flag_or_type_exits_with_2(arguments, said, capsys):
             r"no file configs/nothing.py; configs here: .*llama_tiny_quest_ca",
         ),
         ([str(CONFIG), "--recipe", "quest_w5a5"], "no recipe 'quest_w5a5'; there are .*quest_w4a4"),
-        ([str(CONFIG), "--steps", "0"], "steps"),
-        ([str(LLAMA), "--data", "nowhere"], "nowhere"),
+        ([str(CONFIG), "--steps", "0"], "total_steps must be at least 1, got 0"),
+        (
+            [str(LLAMA), "--data", "synthetic", "--batch-size", "0"],
+            "batch_size and seq_len must be at least 1, got 0",
+        ),
+        ([str(LLAMA), "--data", "nowhere"], "no such directory: nowhere"),
     ],
 )
 def test_what_a_user_gets_wrong_is_a_usage_error_that_says_what_there_is(
@@ -103,14 +108,20 @@ def test_a_file_without_get_config_is_refused(tmp_path):
 def test_numbers_that_cannot_be_are_refused(tiny):
     with pytest.raises(UsageError, match="batch_size must be a multiple of micro_batches=3"):
         dataclasses.replace(tiny, micro_batches=3)
-    with pytest.raises(UsageError, match="eval_interval must be at least 1, got 0"):
-        dataclasses.replace(tiny, eval_interval=0)
+    for name in ("eval_interval", "final_eval_batches"):
+        with pytest.raises(UsageError, match=f"{name} must be at least 1, got 0"):
+            dataclasses.replace(tiny, **{name: 0})
+    with pytest.raises(UsageError, match=r"seed must be in .* got -1"):
+        dataclasses.replace(tiny, seed=-1)
 
 
 def test_data_that_do_not_fit_are_refused_before_anything_compiles(tiny):
     check_data(tiny)
     with pytest.raises(UsageError, match="batch_size"):
         check_data(dataclasses.replace(tiny, batch_size=10**6))
+    small = Llama(dataclasses.replace(tiny.model.config, vocab_size=128))
+    with pytest.raises(UsageError, match=r"vocab_size must be at least .* 256, got 128"):
+        check_data(dataclasses.replace(tiny, model=small))
 
 
 # Non-embedding parameters: the published table of QuEST counts the blocks' matrices and the norms.
@@ -126,8 +137,6 @@ def test_data_that_do_not_fit_are_refused_before_anything_compiles(tiny):
     ],
 )
 def test_sizes_take_the_published_settings(size, steps, peak_lr, millions):
-    from lowbit_jax.models import count_params
-
     config = load_config_file(LLAMA).get_config(size=size, data="synthetic")
     assert isinstance(config, Config)
     assert config.steps == steps  # published: the same but for rounding down

@@ -49,10 +49,21 @@ def test_the_first_signal_asks_and_the_handlers_are_put_back(start, number):
     assert said.endswith("stopping\ndefault True\n")
 
 
+def test_a_signal_that_a_launcher_sends_twice_is_one_request(start):
+    child = start("1", "1")  # the handlers stay for a second
+    child.send_signal(signal.SIGTERM)
+    said = child.stdout.readline()
+    child.send_signal(signal.SIGTERM)
+    assert said.startswith("SIGTERM: finishing this step")
+    assert child.stdout.read().endswith("stopping\ndefault True\n")
+    assert child.wait() == 128 + signal.SIGTERM
+
+
 def test_the_second_signal_exits_at_once_even_in_the_middle_of_a_call(start):
     child = start("100", "100")
     child.send_signal(signal.SIGINT)
     assert "finishing" in child.stdout.readline()
+    time.sleep(1)  # at once it would be the same request
     began = time.monotonic()
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=50) == 130

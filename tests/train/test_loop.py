@@ -101,6 +101,39 @@ def poison_update(step, value=jnp.nan):
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
+def test_a_validation_loss_that_is_not_finite_names_the_parameter(config, tmp_path):
+    poisoned = dataclasses.replace(
+        config, optimizer=optax.chain(config.optimizer, poison_update(24)), eval_batches=1,
+        final_eval_batches=1, eval_interval=100,
+    )  # fmt: skip
+    with pytest.raises(Diverged, match=r"after step 24 is nan.*layers/mlp/up_proj/weight"):
+        train_quietly(poisoned, tmp_path / "run")
+
+
+def test_not_saving_still_goes_on_from_what_was_saved(config, tmp_path):
+    poisoned = dataclasses.replace(
+        config, optimizer=optax.chain(config.optimizer, poison_update(8))
+    )
+    with pytest.raises(Diverged):
+        train_quietly(poisoned, tmp_path / "run")
+    with pytest.raises(Diverged):
+        train_quietly(poisoned, tmp_path / "run", save=False)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["split"] == "train"] == [*range(1, 9)]
+
+
+def test_shapes_that_a_recipe_refuses_are_a_usage_error_before_compiling(tmp_path):
+    config = load_config_file(CONFIG).get_config(**SMALL, d_model=192)
+    with pytest.raises(UsageError, match=r"multiple of 128 .* got 192"):
+        train_quietly(config, tmp_path / "run")
+
+
+def test_a_sample_cannot_steer_the_terminal(finished):
+    _, summary, _ = finished
+    steering = dataclasses.replace(summary, sample="a\x1b[2J\r\x07b\nc")
+    assert "|a\ufffd[2J\ufffd\ufffdb\n  c\n" in str(steering)
+
+
 @pytest.mark.parametrize(("step", "found"), [(8, "step 9"), (12, "step 12")])
 def test_a_tensor_gone_bad_stops_the_run_is_named_and_never_saved(config, tmp_path, step, found):
     # At step 12 a checkpoint is due: the state is found out before the next loss could tell.

@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
+from lowbit_jax.train import run_directory
 from lowbit_jax.train.config import RunIdentity, UsageError
 from lowbit_jax.train.run_directory import open_run_directory
 
@@ -34,7 +36,7 @@ def test_the_same_command_goes_on_until_finished_then_starts_the_next():
     for expected in ("tiny", "tiny", "tiny-2", "tiny-2", "tiny-3"):
         run = open_run_directory(IDENTITY)
         assert run.path.name == expected
-        if json.loads((run.path / "run.json").read_text()) and (run.path / "seen").exists():
+        if (run.path / "seen").exists():
             finish(run)
         else:
             (run.path / "seen").touch()
@@ -68,6 +70,61 @@ def test_fresh_empties_what_a_run_wrote_and_nothing_else(tmp_path):
         assert sorted(p.name for p in run.path.iterdir() if p.name != ".lock") == [
             "config.py", "notes.txt", "run.json", "versions.json",
         ]  # fmt: skip
+
+
+def test_a_kill_while_emptying_a_folder_leaves_no_checkpoint_without_its_settings(monkeypatch):
+    run = open_run_directory(IDENTITY, "here")
+    (run.checkpoints / "step_00000001").mkdir(parents=True)
+    run.close()
+    removed = []
+    remove_tree = run_directory.shutil.rmtree
+
+    def killed(path):
+        remove_tree(path)
+        removed.append(path.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_directory.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_run_directory(OTHER, "here", fresh=True)
+    assert removed == ["checkpoints"]
+    with pytest.raises(UsageError, match=r"lr was 0.1, now 0.2"):
+        open_run_directory(OTHER, "here")
+    open_run_directory(IDENTITY, "here").close()
+
+
+def test_a_kill_before_the_record_is_in_place_does_not_lock_the_folder(tmp_path):
+    (tmp_path / "here").mkdir()
+    for name in ("config.py", ".config.py.writing", ".run.json.writing", ".lock"):
+        (tmp_path / "here" / name).touch()
+    open_run_directory(IDENTITY, "here").close()
+
+
+def test_checkpoints_whose_settings_are_unknown_are_left_alone(tmp_path):
+    (tmp_path / "here" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds checkpoints"):
+        open_run_directory(IDENTITY, "here")
+
+
+def test_values_that_json_changes_or_lacks_are_still_the_same_arguments():
+    arguments = {"betas": (0.9, 0.95), "folder": pathlib.Path("x")}
+    identity = dataclasses.replace(IDENTITY, arguments=arguments)
+    open_run_directory(identity, "here").close()
+    open_run_directory(identity, "here").close()
+    other = dataclasses.replace(IDENTITY, arguments={**arguments, "betas": (0.9, 0.99)})
+    with pytest.raises(UsageError, match="betas was"):
+        open_run_directory(other, "here")
+
+
+def test_a_path_that_checkpoints_would_not_survive_is_refused():
+    with pytest.raises(UsageError, match=r"must be free of \*, \? and \["):
+        open_run_directory(IDENTITY, "runs[1]")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write in file/run"):
+        open_run_directory(IDENTITY, "file/run")
 
 
 def test_fresh_without_a_folder_takes_the_next_number():
