@@ -7,7 +7,8 @@ Three kinds of grid, all in units of the scale:
   al., Microscaling Data Formats for Deep Learning, arXiv:2310.10537, table 1. We have no use for
   the infinities of e5m2: encoding saturates.
 - integer: `2**b - 1` levels `-(2**(b-1) - 1) .. 2**(b-1) - 1`, symmetric, with a zero. The code
-  `-2**(b-1)` is not used. Two bits make it ternary.
+  `-2**(b-1)` is not used. Two bits make it ternary. The full range uses that code too: the
+  convention of many checkpoints, where the abs-max lies half a step beyond the largest code.
 - midrise: `2**b` levels `j + 1/2`, `j = -2**(b-1) .. 2**(b-1) - 1`, without a zero; Panferov et
   al., QuEST, arXiv:2502.05003.
 """
@@ -39,6 +40,7 @@ class Format:
       exponent_bits: Of a float.
       mantissa_bits: Of a float.
       bias: Exponent bias of a float.
+      is_full_range: Whether an integer has the level `-max - 1` too.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Format:
     exponent_bits: int = 0
     mantissa_bits: int = 0
     bias: int = 0
+    is_full_range: bool = False
 
     def __post_init__(self):
         # Equal dtypes may hash apart (jnp.float8_e4m3fn and its np.dtype do).
@@ -63,7 +66,7 @@ class Format:
         if self.kind == "midrise":
             return np.arange(2**self.bits) - (2**self.bits - 1) / 2
         if self.kind == "integer":
-            return np.arange(-self.max, self.max + 1)
+            return np.arange(self.min, self.max + 1)
         codes = np.arange(2 ** (self.bits - 1))
         exponents = codes >> self.mantissa_bits
         fractions = (codes & (2**self.mantissa_bits - 1)) / 2**self.mantissa_bits
@@ -74,6 +77,11 @@ class Format:
         )
         levels = levels[levels <= self.max]  # without the codes of infinity and NaN
         return np.concatenate([-levels[:0:-1], levels])
+
+    @property
+    def min(self) -> float:
+        """The lowest level, `-max` but for the full range of integers."""
+        return -self.max - self.is_full_range
 
     @property
     def last_step(self) -> float:
@@ -93,13 +101,20 @@ E4M3 = Format("e4m3", "float", 8, 448.0, np.dtype(jnp.float8_e4m3fn), 4, 3, 7)
 E5M2 = Format("e5m2", "float", 8, 57344.0, np.dtype(jnp.float8_e5m2), 5, 2, 15)
 
 
-def integer(bits: int) -> Format:
-    """The `2**bits - 1` integers from `-(2**(bits-1) - 1)`, symmetric, with zero; bits 2 to 8."""
+def integer(bits: int, *, is_full_range: bool = False) -> Format:
+    """The integers from `-(2**(bits-1) - 1)` to `2**(bits-1) - 1`, with zero; bits 2 to 8.
+
+    Args:
+      bits: Of a code.
+      is_full_range: Adds the level `-2**(bits-1)`. Under `absmax` the scale is then
+        `2 a / (2**bits - 1)`: a positive abs-max clips by half a step, the rest errs less.
+    """
     if not 2 <= bits <= 8:
         raise ValueError(f"integer: bits must be 2 to 8, got {bits}; for 1 bit use midrise(1).")
     storage = np.dtype(np.int8 if bits == 8 else np.uint8)
-    name = "ternary" if bits == 2 else f"int{bits}"
-    return Format(name, "integer", bits, float(2 ** (bits - 1) - 1), storage)
+    name = f"int{bits}_full" if is_full_range else "ternary" if bits == 2 else f"int{bits}"
+    top = float(2 ** (bits - 1) - 1)
+    return Format(name, "integer", bits, top, storage, is_full_range=is_full_range)
 
 
 def midrise(bits: int) -> Format:

@@ -57,7 +57,7 @@ def round_to_grid(
         j = jnp.where(is_tie & is_odd, j - 1, j)
         half_count = 2.0 ** (format.bits - 1)
         return jnp.clip(j, -half_count, half_count - 1) + np.float32(0.5)
-    y = jnp.clip(y, -format.max, format.max)
+    y = jnp.clip(y, format.min, format.max)
     if format.kind == "integer":
         rounded = jnp.round(y)
         return jnp.where(rounded == 0, np.float32(0), rounded)  # two's complement has no -0
@@ -82,7 +82,7 @@ def stochastic_round(
     Returns:
       Levels in float32, same shape.
     """
-    y = jnp.clip(jnp.asarray(x, jnp.float32), -format.max, format.max)
+    y = jnp.clip(jnp.asarray(x, jnp.float32), format.min, format.max)
     magnitude = jnp.abs(y)
     bits = jax.random.bits(key, y.shape, jnp.uint32)
     # The magnitude is rounded, not y: a tiny negative y has no exact distance to the level below.

@@ -11,7 +11,7 @@
 With a the abs-max of the block, m the outermost level and emax its exponent:
 
 ===========================  ====================================================================
-`absmax`                     `a / m`
+`absmax`                     `a / m`; `a / (m + 1/2)` for integers of full range, which clips.
 `absmax_floor`               `2^(floor(log2 a) - emax)`; the largest values clip. The rule of the
                              OCP MX specification v1.0, section 6.3.
 `absmax_floor43`             4/3 of it, never clips where m is at least `1.5 * 2^emax`, as it is
@@ -217,7 +217,7 @@ def block_scales(
     if rule == "rms":
         scales = root_mean_square(blocks) * np.float32(GAUSSIAN_ALPHA[format.name] / format.max)
     else:
-        scales = a * reciprocal(format.max)
+        scales = a * reciprocal((format.max - format.min) / 2)  # m, but for the full range
     is_live = is_live & (scales >= SMALLEST_NORMAL)
     scales = jnp.where(is_live, scales, np.float32(0))
     return BlockScales(jnp.where(is_finite, scales, np.float32(np.nan)), None, is_live)

@@ -22,7 +22,8 @@ from lowbit_jax.numerics import (
 )
 
 FLOATS = [E2M1, E2M3, E3M2, E4M3, E5M2]
-FORMATS = [*FLOATS, *map(integer, range(2, 9)), *map(midrise, range(1, 9))]
+FULL = [integer(bits, is_full_range=True) for bits in (2, 4, 8)]
+FORMATS = [*FLOATS, *map(integer, range(2, 9)), *FULL, *map(midrise, range(1, 9))]
 NATIVE = {
     "e2m1": ml_dtypes.float4_e2m1fn,
     "e2m3": ml_dtypes.float6_e2m3fn,
@@ -35,7 +36,7 @@ NATIVE = {
 def all_codes(format):
     """Every code that stands for a level: not NaN, infinity, or the unused integer."""
     codes = np.arange(2**format.bits, dtype=np.uint8)
-    if format.kind == "integer":
+    if format.kind == "integer" and not format.is_full_range:
         return codes[codes != 2 ** (format.bits - 1)]
     if format.kind == "float":
         return codes[np.abs(codes.view(NATIVE[format.name]).astype(np.float64)) <= format.max]
@@ -65,6 +66,7 @@ def test_levels_of_the_published_tables():
     np.testing.assert_array_equal(E2M1.grid[7:], [0, 0.5, 1, 1.5, 2, 3, 4, 6])
     np.testing.assert_array_equal(integer(2).grid, [-1, 0, 1])
     np.testing.assert_array_equal(integer(4).grid, np.arange(-7, 8))
+    np.testing.assert_array_equal(integer(4, is_full_range=True).grid, np.arange(-8, 8))
     np.testing.assert_array_equal(midrise(2).grid, [-1.5, -0.5, 0.5, 1.5])
     np.testing.assert_array_equal(midrise(1).grid, [-0.5, 0.5])
     assert [f.max for f in FLOATS] == [6, 7.5, 28, 448, 57344]

@@ -75,6 +75,10 @@ def error_and_standard_error(x, values):
 # from 2**22 samples of three seeds.
 ORACLES = {
     "int4/32": (dataclasses.replace(INT4, block_size=32), ".00941 .01467 .00894 .00928"),
+    "int4 full/32": (
+        QuantSpec(integer(4, is_full_range=True), 32),
+        ".00899 .01406 .00853 .00886",
+    ),
     "int4/128": (INT4, ".01377 .02567 .01346 .01346"),
     "int8/128": (INT8, ".000042 .000080"),
     "mxfp4 floor": (MXFP4, ".01322 .01588 .01311 .01320"),
@@ -140,6 +144,7 @@ TOP = {
     "e2m1/32 exact": (0, 0.00139),
     "e2m1/16 exact": (0, 0.00166),
     "nvfp4": (0.00070, 0.00170),
+    "int4 full/32": (0.00444, 0.00115),
     "nvint4": (0.00070, 0.00131),
 }
 
