@@ -18,6 +18,7 @@ from lowbit_jax.numerics.formats import (
     midrise,
     pack,
     unpack,
+    unsigned,
 )
 from lowbit_jax.numerics.presets import (
     FP8_E4M3,
@@ -112,4 +113,5 @@ __all__ = [
     "round_to_grid",
     "stochastic_round",
     "unpack",
+    "unsigned",
 ]

@@ -9,6 +9,7 @@ Three kinds of grid, all in units of the scale:
 - integer: `2**b - 1` levels `-(2**(b-1) - 1) .. 2**(b-1) - 1`, symmetric, with a zero. The code
   `-2**(b-1)` is not used. Two bits make it ternary. The full range uses that code too: the
   convention of many checkpoints, where the abs-max lies half a step beyond the largest code.
+  Unsigned integers `0 .. 2**b - 1` serve blocks with a zero point.
 - midrise: `2**b` levels `j + 1/2`, `j = -2**(b-1) .. 2**(b-1) - 1`, without a zero; Panferov et
   al., QuEST, arXiv:2502.05003.
 """
@@ -40,7 +41,7 @@ class Format:
       exponent_bits: Of a float.
       mantissa_bits: Of a float.
       bias: Exponent bias of a float.
-      is_full_range: Whether an integer has the level `-max - 1` too.
+      min: The lowest level; left out, `-max`.
     """
 
     name: str
@@ -51,11 +52,13 @@ class Format:
     exponent_bits: int = 0
     mantissa_bits: int = 0
     bias: int = 0
-    is_full_range: bool = False
+    min: float = -math.inf
 
     def __post_init__(self):
         # Equal dtypes may hash apart (jnp.float8_e4m3fn and its np.dtype do).
         object.__setattr__(self, "storage", np.dtype(self.storage))
+        if self.min == -math.inf:
+            object.__setattr__(self, "min", -self.max)
 
     def __str__(self) -> str:
         return self.name
@@ -77,11 +80,6 @@ class Format:
         )
         levels = levels[levels <= self.max]  # without the codes of infinity and NaN
         return np.concatenate([-levels[:0:-1], levels])
-
-    @property
-    def min(self) -> float:
-        """The lowest level, `-max` but for the full range of integers."""
-        return -self.max - self.is_full_range
 
     @property
     def last_step(self) -> float:
@@ -114,7 +112,15 @@ def integer(bits: int, *, is_full_range: bool = False) -> Format:
     storage = np.dtype(np.int8 if bits == 8 else np.uint8)
     name = f"int{bits}_full" if is_full_range else "ternary" if bits == 2 else f"int{bits}"
     top = float(2 ** (bits - 1) - 1)
-    return Format(name, "integer", bits, top, storage, is_full_range=is_full_range)
+    return Format(name, "integer", bits, top, storage, min=-top - is_full_range)
+
+
+def unsigned(bits: int) -> Format:
+    """The integers from 0 to `2**bits - 1`, for blocks with a zero point; bits 1 to 8."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"unsigned: bits must be 1 to 8, got {bits}.")
+    top = float(2**bits - 1)
+    return Format(f"uint{bits}", "integer", bits, top, np.dtype(np.uint8), min=0.0)
 
 
 def midrise(bits: int) -> Format:
@@ -151,9 +157,9 @@ def encode(values: Float[Array, "*shape"], format: Format) -> UInt8[Array, "*sha
 def decode(codes: UInt8[Array, "*shape"], format: Format) -> Float[Array, "*shape"]:
     """Levels of `codes` in float32; the inverse of `encode`."""
     if format.kind != "float":
-        # Sign extension: codes at or above half the range are negative.
         integers = codes.astype(jnp.int32)
-        integers = integers - jnp.where(integers >= 2 ** (format.bits - 1), 2**format.bits, 0)
+        if format.min < 0:  # Sign extension: codes at or above half the range are negative.
+            integers = integers - jnp.where(integers >= 2 ** (format.bits - 1), 2**format.bits, 0)
         values = integers.astype(jnp.float32)
         return values + np.float32(0.5) if format.kind == "midrise" else values
     if format.bits == 8:

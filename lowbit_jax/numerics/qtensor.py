@@ -12,7 +12,7 @@ from lowbit_jax.numerics.spec import QuantSpec
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["codes", "scales", "global_scale"],
+    data_fields=["codes", "scales", "global_scale", "zero_points"],
     meta_fields=["spec"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,15 @@ class QTensor:
         `(1,)`) for one of the last two axes. uint8 biased exponents, float8_e4m3fn or float32.
       global_scale: float32 scalar, or None where the rule has none.
       spec: What it was quantized to.
+      zero_points: uint8 like `scales`, the code of zero, subtracted from the codes; None but for
+        the rule `minmax`.
     """
 
     codes: Any
     scales: Any
     global_scale: Any
     spec: QuantSpec
+    zero_points: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:

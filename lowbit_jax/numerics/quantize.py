@@ -59,12 +59,14 @@ def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -
         codes = pack(codes, format.bits)
     else:
         codes = lax.bitcast_convert_type(codes, format.storage)
-    scales = grid.scales if spec.block_size == "tensor" else grid.scales[..., 0]
-    return QTensor(codes, scales, grid.global_scale, spec)
+    scales, zero_points = grid.scales, grid.zero_points
+    if spec.block_size != "tensor":
+        scales, zero_points = jax.tree.map(lambda s: s[..., 0], (scales, zero_points))
+    return QTensor(codes, scales, grid.global_scale, spec, zero_points)
 
 
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
-    """`level(codes) * scales * global_scale`, in float32, then cast to `dtype`.
+    """`(level(codes) - zero_points) * scales * global_scale`, in float32, then cast to `dtype`.
 
     Args:
       q: From `quantize`.
@@ -86,10 +88,12 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
         codes = unpack(q.codes, format.bits)
     else:
         codes = lax.bitcast_convert_type(q.codes, jnp.uint8)
-    scales = q.scales
+    scales, zero_points = q.scales, q.zero_points
     if q.spec.block_size != "tensor":
-        scales = scales[..., None]
+        scales, zero_points = jax.tree.map(lambda s: s[..., None], (scales, zero_points))
     levels = _to_blocks(decode(codes, format), q.spec)
+    if zero_points is not None:
+        levels = levels - zero_points.astype(jnp.float32)
     values = multiply_by_scales(levels, scales, q.global_scale)
     return values.reshape(codes.shape).astype(dtype)
 
@@ -105,15 +109,19 @@ def quantize_values(
       key: For stochastic rounding.
 
     Returns:
-      `(values, units)`, both float32 `(*batch, k)`: the rounded values and `x / scale`, which is 0
-      in a zero block and NaN in a non-finite one. Masks compare the units with the grid.
+      `(values, units)`, both float32 `(*batch, k)`: the rounded values and `x / scale`, plus the
+      zero point if there is one, which is 0 in a zero block and NaN in a non-finite one. Masks
+      compare the units with the grid.
 
     Raises:
       ValueError: As `quantize`, whole bytes excepted.
     """
     x = jnp.asarray(x)
     grid, units = _to_grid("quantize_values", x, spec, key)
-    values = multiply_by_scales(grid.levels, grid.scales, grid.global_scale)
+    levels = grid.levels
+    if grid.zero_points is not None:
+        levels = levels - grid.zero_points.astype(jnp.float32)
+    values = multiply_by_scales(levels, grid.scales, grid.global_scale)
     return values.reshape(x.shape), units.reshape(x.shape)
 
 
@@ -122,6 +130,7 @@ class _Grid(NamedTuple):
     scales: jax.Array
     global_scale: jax.Array | None
     is_live: jax.Array
+    zero_points: jax.Array | None
 
 
 def _to_grid(who, x, spec, key):
@@ -129,13 +138,17 @@ def _to_grid(who, x, spec, key):
     _check(who, x, spec, key)
     blocks = _to_blocks(x.astype(jnp.float32), spec)
     axis = tuple(range(max(x.ndim - 2, 0), x.ndim)) if spec.block_size == "tensor" else -1
-    scales, global_scale, is_live = block_scales(blocks, spec.format, spec.scale, axis)
+    found = block_scales(blocks, spec.format, spec.scale, axis)
+    scales, global_scale, is_live, zero_points = found
     units = divide_by_scales(blocks, scales, global_scale)
+    if zero_points is not None:
+        units = units + zero_points.astype(jnp.float32)
     units = jnp.where(is_live, units, 0)
     # Rounded in the shape of x, so that the random bits do not depend on the block size.
     levels = round_to_grid(units.reshape(x.shape), spec.format, spec.rounding, key)
     units = jnp.where(is_nan_scale(scales), jnp.float32(jnp.nan), units)
-    return _Grid(levels.reshape(blocks.shape), scales, global_scale, is_live), units
+    levels = levels.reshape(blocks.shape)
+    return _Grid(levels, scales, global_scale, is_live, zero_points), units
 
 
 def _to_blocks(x, spec):

@@ -2,7 +2,7 @@
 
 `x ~ codes * scales * global_scale`: scales multiply, always. Rules by what they store:
 
-- float32: `absmax`, `rms`.
+- float32: `absmax`, `rms`, and `minmax`, which has a zero point a block besides.
 - E8M0, a power of two kept as its biased exponent in uint8 (0xFF is NaN): the `absmax_floor`,
   `absmax_floor43`, `absmax_ceil`, `absmax_ct175`, `rms_nearest` and `std_floor` rules.
 - E4M3 with one float32 scale for the whole array: `absmax_e4m3` (NVFP4) and
@@ -12,6 +12,9 @@ With a the abs-max of the block, m the outermost level and emax its exponent:
 
 ===========================  ====================================================================
 `absmax`                     `a / m`; `a / (m + 1/2)` for integers of full range, which clips.
+`minmax`                     `(hi - lo) / (2^b - 1)` with `lo = min(x, 0)`, `hi = max(x, 0)` of the
+                             block and the zero point `round(-lo / scale)`: asymmetric integers, as
+                             GPTQ and others store them. For unsigned formats, and they for it.
 `absmax_floor`               `2^(floor(log2 a) - emax)`; the largest values clip. The rule of the
                              OCP MX specification v1.0, section 6.3.
 `absmax_floor43`             4/3 of it, never clips where m is at least `1.5 * 2^emax`, as it is
@@ -40,8 +43,7 @@ With a the abs-max of the block, m the outermost level and emax its exponent:
 Where we differ: QuEST's and Quartet's code adds 1e-8 to the scale (before the logarithm, in the
 second); we do not, so that multiplying the input by a power of two multiplies the result by it
 exactly. A row of zeros then gets the scale 0. NVIDIA's NVFP4 recipe divides by `448 * 6 / amax`;
-we multiply by the inverse. An asymmetric integer rule would need a zero point, which `QTensor`
-does not carry.
+we multiply by the inverse.
 
 A zero block stores scale 0 (E8M0: code 0), a block with a non-finite entry a NaN scale. A block
 whose abs-max is subnormal counts as zero, for XLA flushes subnormals on some devices.
@@ -69,6 +71,7 @@ from lowbit_jax.numerics.rounding import Rounding, round_to_grid
 
 ScaleRule = Literal[
     "absmax",
+    "minmax",
     "absmax_floor",
     "absmax_floor43",
     "absmax_ceil",
@@ -118,11 +121,13 @@ class BlockScales(NamedTuple):
       scales: float32, uint8 (E8M0) or float8_e4m3fn; the blocks' shape with the reduced axes kept.
       global_scale: float32 scalar or None.
       is_live: bool like `scales`: neither a zero block nor a non-finite one.
+      zero_points: uint8 like `scales`, the code of zero; None but for `minmax`.
     """
 
     scales: jax.Array
     global_scale: jax.Array | None
     is_live: jax.Array
+    zero_points: jax.Array | None = None
 
 
 def check_parts(rule: str, format: Format, block_size: int | str | None, rounding: str) -> None:
@@ -144,6 +149,11 @@ def check_parts(rule: str, format: Format, block_size: int | str | None, roundin
         raise ValueError(
             f"QuantSpec: block_size 'tensor' goes with scale 'absmax' only, got {rule!r}; use an"
             " integer block_size, or None for a scale a row."
+        )
+    if (rule == "minmax") != (format.min == 0):
+        raise ValueError(
+            f"QuantSpec: 'minmax' goes with unsigned formats and they with it, got {rule!r} for"
+            f" {format.name}; use unsigned({format.bits}) with 'minmax', or another of both."
         )
     if rule in RMS_RULES and format.name not in GAUSSIAN_ALPHA:
         raise ValueError(
@@ -212,6 +222,8 @@ def block_scales(
         codes = jnp.where(is_finite, codes, _E8M0_NAN).astype(jnp.uint8)
         global_scale = jnp.asarray(4 / 3, jnp.float32) if four_thirds else None
         return BlockScales(codes, global_scale, is_live)
+    if rule == "minmax":
+        return _minmax_scales(blocks, is_finite, is_live, format, axis)
     if rule in E4M3_RULES:
         return _e4m3_scales(blocks, a, is_finite, is_live, format, rule)
     if rule == "rms":
@@ -283,6 +295,20 @@ def _scale_exponent(blocks, a, format, rule):
         if rule == "rms_nearest":
             up = (1 << 23) - int(np.ceil((np.sqrt(2) - 1) * 2**23))  # beyond sqrt(2)
     return ((float_bits(value) + up) >> 23) - 127 - target_exponent
+
+
+def _minmax_scales(blocks, is_finite, is_live, format, axis):
+    """float32 scales that span the range of each block and zero, with the code of zero."""
+    low = jnp.minimum(jnp.min(blocks, axis, keepdims=True), 0)
+    high = jnp.maximum(jnp.max(blocks, axis, keepdims=True), 0)
+    # Halves, for the difference may overflow; halving is exact, so that fusing changes nothing.
+    half_range = high * np.float32(0.5) - low * np.float32(0.5)
+    scales = half_range * reciprocal(format.max / 2)
+    is_live = is_live & (scales >= SMALLEST_NORMAL)
+    zero_points = jnp.where(is_live, jnp.round(-low / jnp.where(is_live, scales, 1)), 0)
+    scales = jnp.where(is_live, scales, np.float32(0))
+    scales = jnp.where(is_finite, scales, np.float32(np.nan))
+    return BlockScales(scales, None, is_live, zero_points.astype(jnp.uint8))
 
 
 def _e4m3_scales(blocks, a, is_finite, is_live, format, rule):

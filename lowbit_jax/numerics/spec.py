@@ -35,7 +35,9 @@ class QuantSpec:
 
     @property
     def scale_bits(self) -> int:
-        """Bits of one stored scale."""
+        """Bits of one stored scale, with its zero point."""
+        if self.scale == "minmax":
+            return 40
         return 8 if self.scale in POWER_OF_TWO_RULES + E4M3_RULES else 32
 
     def bits_per_param(self, k: int) -> float:

@@ -19,10 +19,11 @@ from lowbit_jax.numerics import (
     midrise,
     pack,
     unpack,
+    unsigned,
 )
 
 FLOATS = [E2M1, E2M3, E3M2, E4M3, E5M2]
-FULL = [integer(bits, is_full_range=True) for bits in (2, 4, 8)]
+FULL = [*(integer(bits, is_full_range=True) for bits in (2, 4, 8)), *map(unsigned, (1, 4, 8))]
 FORMATS = [*FLOATS, *map(integer, range(2, 9)), *FULL, *map(midrise, range(1, 9))]
 NATIVE = {
     "e2m1": ml_dtypes.float4_e2m1fn,
@@ -36,7 +37,7 @@ NATIVE = {
 def all_codes(format):
     """Every code that stands for a level: not NaN, infinity, or the unused integer."""
     codes = np.arange(2**format.bits, dtype=np.uint8)
-    if format.kind == "integer" and not format.is_full_range:
+    if format.kind == "integer" and format.min == -format.max:
         return codes[codes != 2 ** (format.bits - 1)]
     if format.kind == "float":
         return codes[np.abs(codes.view(NATIVE[format.name]).astype(np.float64)) <= format.max]

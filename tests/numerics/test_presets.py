@@ -36,6 +36,7 @@ from lowbit_jax.numerics import (
     integer,
     midrise,
     quantize_values,
+    unsigned,
 )
 from lowbit_jax.numerics.scales import GAUSSIAN_ALPHA
 
@@ -79,6 +80,7 @@ ORACLES = {
         QuantSpec(integer(4, is_full_range=True), 32),
         ".00899 .01406 .00853 .00886",
     ),
+    "uint4/32 minmax": (QuantSpec(unsigned(4), 32, "minmax"), ".00653 .00890 .00628 .00646"),
     "int4/128": (INT4, ".01377 .02567 .01346 .01346"),
     "int8/128": (INT8, ".000042 .000080"),
     "mxfp4 floor": (MXFP4, ".01322 .01588 .01311 .01320"),
@@ -145,6 +147,7 @@ TOP = {
     "e2m1/16 exact": (0, 0.00166),
     "nvfp4": (0.00070, 0.00170),
     "int4 full/32": (0.00444, 0.00115),
+    "uint4/32 minmax": (0.00107, 0.00080),
     "nvint4": (0.00070, 0.00131),
 }
 

@@ -32,6 +32,7 @@ from lowbit_jax.numerics import (
     integer,
     quantize,
     quantize_values,
+    unsigned,
 )
 
 FLOOR43 = dataclasses.replace(MXFP4, scale="absmax_floor43")
@@ -41,6 +42,7 @@ SPECS = [
     *(INT2, INT4, INT8, QUEST_INT1, QUEST_INT3, FP8_E4M3, FP8_E4M3_TENSOR, QuantSpec(E5M2, 32)),
     *(MXFP4, FLOOR43, MXFP6, MXFP8, QUEST_MXFP4, STD_FLOOR, NVFP4, NVFP4_FOUR_OVER_SIX),
     QuantSpec(integer(4), 16, "absmax_e4m3"),
+    QuantSpec(unsigned(4), 32, "minmax"),
 ]
 SHAPE = (4, 128)  # one shape, so that every test meets compiled functions
 
@@ -114,6 +116,8 @@ def test_values_lie_on_the_grid_of_the_stored_scale(run, x):
         live = scales[:, 0] > 0
         units = blocks[live] / scales[live]
         grid = spec.format.grid
+        if q.zero_points is not None:  # The grid of signed levels, wide enough for any zero point.
+            grid = np.arange(-spec.format.max, spec.format.max + 1)
         above = np.clip(np.searchsorted(grid, units), 1, len(grid) - 1)
         distance = np.minimum(abs(units - grid[above - 1]), abs(units - grid[above]))
         # Bound: a value is the product of three float32, rounded at most twice.

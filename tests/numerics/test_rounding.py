@@ -16,12 +16,14 @@ from lowbit_jax.numerics import (
     midrise,
     round_to_grid,
     stochastic_round,
+    unsigned,
 )
 
 FORMATS = [
     *(E2M1, E2M3, E3M2, E4M3, E5M2),
     *map(integer, (2, 3, 4, 8)),
     integer(4, is_full_range=True),
+    unsigned(4),
     *map(midrise, (1, 2, 4, 8)),
 ]
 NATIVE = {

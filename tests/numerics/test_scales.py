@@ -21,6 +21,7 @@ from lowbit_jax.numerics import (
     integer,
     midrise,
     round_to_grid,
+    unsigned,
 )
 from lowbit_jax.numerics.scales import block_scales, check_parts, multiply_by_scales
 
@@ -162,6 +163,8 @@ BAD = [
         lambda: dataclasses.replace(NVFP4_FOUR_OVER_SIX, rounding="stochastic"),
         "with stochastic rounding is biased",
     ),
+    (lambda: QuantSpec(integer(4), 32, "minmax"), "'minmax' goes with unsigned formats"),
+    (lambda: QuantSpec(unsigned(4), 32), "'minmax' goes with unsigned formats"),
     (lambda: QuantSpec(E2M1, 48, "std_floor"), "power of two, got 48"),
     (lambda: QuantSpec(E2M1, "tensor", "absmax_floor"), "'tensor' goes with scale 'absmax'"),
     (lambda: QuantSpec(E2M1, 0), "positive int, None"),
