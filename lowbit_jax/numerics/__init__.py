@@ -3,6 +3,7 @@
 from lowbit_jax.numerics.estimators import (
     Estimator,
     fake_quantize,
+    gradient_mask,
     quantize_and_mask,
 )
 from lowbit_jax.numerics.formats import (
@@ -20,6 +21,10 @@ from lowbit_jax.numerics.formats import (
     unpack,
     unsigned,
 )
+from lowbit_jax.numerics.matrices import (
+    dequantize_matrices,
+    quantize_matrices,
+)
 from lowbit_jax.numerics.presets import (
     FP8_E4M3,
     FP8_E4M3_TENSOR,
@@ -30,10 +35,19 @@ from lowbit_jax.numerics.presets import (
     INT4,
     INT8,
     MXFP4,
+    MXFP4_FITTED,
+    MXFP4_FITTED_ALIGNED,
+    MXFP4_FITTED_STOCHASTIC,
     MXFP6,
     MXFP8,
+    MXFP8_CEIL,
     NVFP4,
+    NVFP4_16X16,
+    NVFP4_16X16_FOUR_OVER_SIX,
+    NVFP4_EDEN,
+    NVFP4_EDEN_128,
     NVFP4_FOUR_OVER_SIX,
+    NVFP4_STOCHASTIC,
     PRESETS,
     QUEST_INT1,
     QUEST_INT2,
@@ -44,6 +58,7 @@ from lowbit_jax.numerics.presets import (
     QUEST_INT7,
     QUEST_INT8,
     QUEST_MXFP4,
+    QUEST_MXFP4_FLOOR,
 )
 from lowbit_jax.numerics.qtensor import (
     QTensor,
@@ -54,15 +69,14 @@ from lowbit_jax.numerics.quantize import (
     quantize_values,
 )
 from lowbit_jax.numerics.rounding import (
-    Rounding,
     round_to_grid,
+    stochastic_cast,
     stochastic_round,
-)
-from lowbit_jax.numerics.scales import (
-    ScaleRule,
 )
 from lowbit_jax.numerics.spec import (
     QuantSpec,
+    Rounding,
+    ScaleRule,
 )
 
 __all__ = [
@@ -80,10 +94,19 @@ __all__ = [
     "INT4",
     "INT8",
     "MXFP4",
+    "MXFP4_FITTED",
+    "MXFP4_FITTED_ALIGNED",
+    "MXFP4_FITTED_STOCHASTIC",
     "MXFP6",
     "MXFP8",
+    "MXFP8_CEIL",
     "NVFP4",
+    "NVFP4_16X16",
+    "NVFP4_16X16_FOUR_OVER_SIX",
+    "NVFP4_EDEN",
+    "NVFP4_EDEN_128",
     "NVFP4_FOUR_OVER_SIX",
+    "NVFP4_STOCHASTIC",
     "PRESETS",
     "QUEST_INT1",
     "QUEST_INT2",
@@ -94,6 +117,7 @@ __all__ = [
     "QUEST_INT7",
     "QUEST_INT8",
     "QUEST_MXFP4",
+    "QUEST_MXFP4_FLOOR",
     "Estimator",
     "Format",
     "QTensor",
@@ -102,15 +126,19 @@ __all__ = [
     "ScaleRule",
     "decode",
     "dequantize",
+    "dequantize_matrices",
     "encode",
     "fake_quantize",
+    "gradient_mask",
     "integer",
     "midrise",
     "pack",
     "quantize",
     "quantize_and_mask",
+    "quantize_matrices",
     "quantize_values",
     "round_to_grid",
+    "stochastic_cast",
     "stochastic_round",
     "unpack",
     "unsigned",

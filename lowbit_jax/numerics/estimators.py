@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
-from lowbit_jax.numerics.quantize import Key, quantize_values
+from lowbit_jax.numerics.quantize import Key, quantize_values, to_units
 from lowbit_jax.numerics.spec import QuantSpec
 
 Estimator = Literal["straight_through", "clipped", "trust"]
@@ -43,7 +43,7 @@ def quantize_and_mask(
       estimator: Which mask.
       clip_scale: Of "clipped" only: the outermost level is multiplied by it. QuEST trains 1-bit
         models with 1.30.
-      key: For stochastic rounding.
+      key: For a spec that needs one.
 
     Returns:
       Values in float32, and a bool mask of the same shape; None stands for "everywhere".
@@ -55,11 +55,43 @@ def quantize_and_mask(
     values, units = quantize_values(x, spec, key=key)
     if estimator == "straight_through":
         return values, None
+    return values, _mask(units, spec, estimator, clip_scale)
+
+
+def gradient_mask(
+    x: Shaped[ArrayLike, "..."],
+    spec: QuantSpec,
+    estimator: Estimator,
+    clip_scale: float = 1.0,
+) -> Bool[Array, "..."] | None:
+    """The mask of `quantize_and_mask`, from the scales alone: nothing is rounded.
+
+    It takes no key, for no mask depends on one.
+
+    Args:
+      x: `(*batch, k)`, any float dtype.
+      spec: Target.
+      estimator: Which mask.
+      clip_scale: Of "clipped" only.
+
+    Returns:
+      Bool, the shape of `x`; None stands for "everywhere".
+
+    Raises:
+      ValueError: As `quantize_and_mask`, but for the key.
+    """
+    check_estimator(estimator)
+    if estimator == "straight_through":
+        return None
+    return _mask(to_units(x, spec), spec, estimator, clip_scale)
+
+
+def _mask(units, spec, estimator, clip_scale):
     if estimator == "clipped":
         bound = clip_scale * spec.format.max
     else:
         bound = spec.format.max + spec.format.last_step / 2
-    return values, jnp.abs(units) <= np.float32(bound * _SLACK)
+    return jnp.abs(units) <= np.float32(bound * _SLACK)
 
 
 def check_estimator(estimator: str) -> None:
@@ -86,7 +118,7 @@ def fake_quantize(
       spec: Target; static under `jit`.
       estimator: "straight_through", "clipped" or "trust"; see the module.
       clip_scale: Of "clipped" only.
-      key: For stochastic rounding; its cotangent is float0.
+      key: For a spec that needs one; its cotangent is float0.
 
     Returns:
       Same shape and dtype as x; it has no forward-mode derivative. In bfloat16 the values are

@@ -6,6 +6,8 @@ that can change a bit: maxima of bit patterns, exponents by shifts, sums of inte
 quantizing gives the same codes eagerly, under `jit` and under `vmap`.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -51,27 +53,28 @@ def times_power_of_two(x: Float[Array, "..."], exponent: Int[Array, "..."]) -> F
     return x * power_of_two(half) * power_of_two(exponent - half)
 
 
-def order_free_sum(x: Float[Array, "*batch k"]) -> Float[Array, "*batch 1"]:
-    """`sum(x)` over the last axis for `-1 < x < 1`, the same bits in whatever order it is taken.
+def order_free_sum(x: Float[Array, "..."], axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
+    """`sum(x)` along `axis` for `-1 < x < 1`, the same bits in whatever order it is taken.
 
     Each entry is split into two 15-bit integers, which add exactly. An entry loses less than
-    `2**-30`.
+    `2**-30`. The axes summed over are kept with length 1.
 
     Raises:
-      NotImplementedError: If the axis is longer than 65,536, where int32 could overflow.
+      NotImplementedError: If more than 65,536 entries are summed, where int32 could overflow.
     """
-    k = x.shape[-1]
-    if k > _MAX_SUM_LENGTH:
+    axes = (axis,) if isinstance(axis, int) else axis
+    count = math.prod(x.shape[i] for i in axes)
+    if count > _MAX_SUM_LENGTH:
         raise NotImplementedError(
-            f"order_free_sum: at most {_MAX_SUM_LENGTH} entries share an rms scale, got {k};"
+            f"order_free_sum: at most {_MAX_SUM_LENGTH} entries are summed, got {count};"
             " use a smaller block_size."
         )
     # Multiplying by 2**15 is exact, so a fused multiply-subtract gives the same bits.
     scaled = x * np.float32(2.0**15)
     high = jnp.floor(scaled)
     low = jnp.floor((scaled - high) * np.float32(2.0**15))
-    high_sum = jnp.sum(high.astype(jnp.int32), axis=-1, keepdims=True)
-    low_sum = jnp.sum(low.astype(jnp.int32), axis=-1, keepdims=True)
+    high_sum = jnp.sum(high.astype(jnp.int32), axis, keepdims=True)
+    low_sum = jnp.sum(low.astype(jnp.int32), axis, keepdims=True)
     return high_sum.astype(jnp.float32) * np.float32(2.0**-15) + low_sum.astype(
         jnp.float32
     ) * np.float32(2.0**-30)

@@ -24,9 +24,11 @@ class QTensor:
     Attributes:
       codes: uint8 `(*batch, k * bits // 8)`, densely packed, for formats below 8 bits; else
         `(*batch, k)` of the format's storage dtype (int8, float8_e4m3fn or float8_e5m2).
-      scales: `(*batch, k // block_size)`; `(*batch, 1)` for a scale a row; `(*rest, 1, 1)` (or
-        `(1,)`) for one of the last two axes. uint8 biased exponents, float8_e4m3fn or float32.
-      global_scale: float32 scalar, or None where the rule has none.
+      scales: `(*batch, k // block_size)`; `(*rest, n // block_rows, k // block_size)` where rows
+        share them; `(*batch, 1)` for a scale a row; `(*rest, 1, 1)` (or `(1,)`) for one of the last
+        two axes. uint8 biased exponents, float8_e4m3fn or float32.
+      global_scale: float32 scalar, or `(*layers,)` from `quantize_matrices`; None where the rule
+        has none.
       spec: What it was quantized to.
       zero_points: uint8 like `scales`, the code of zero, subtracted from the codes; None but for
         the rule `minmax`.

@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped, UInt32
 
+from lowbit_jax.numerics.eden import eden_round
 from lowbit_jax.numerics.formats import decode, encode, pack, unpack
 from lowbit_jax.numerics.qtensor import QTensor
 from lowbit_jax.numerics.rounding import round_to_grid
@@ -41,14 +43,14 @@ def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -
     Args:
       x: `(*batch, k)`, any float dtype. Blocks run along the last axis.
       spec: Target.
-      key: For stochastic rounding; otherwise not used.
+      key: For a spec that needs one; otherwise not used.
 
     Returns:
       A `QTensor`; not differentiable, see `fake_quantize`.
 
     Raises:
       ValueError: If x is not floating, k is not a multiple of the block size, the codes do not
-        fill whole bytes, or stochastic rounding has no key.
+        fill whole bytes, or a spec that needs a key has none.
     """
     x = jnp.asarray(x)
     grid, _ = _to_grid("quantize", x, spec, key)
@@ -61,7 +63,8 @@ def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -
         codes = lax.bitcast_convert_type(codes, format.storage)
     scales, zero_points = grid.scales, grid.zero_points
     if spec.block_size != "tensor":
-        scales, zero_points = jax.tree.map(lambda s: s[..., 0], (scales, zero_points))
+        axes = _block_axes(spec, x.ndim)
+        scales, zero_points = jax.tree.map(lambda s: s.squeeze(axes), (scales, zero_points))
     return QTensor(codes, scales, grid.global_scale, spec, zero_points)
 
 
@@ -90,7 +93,10 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
         codes = lax.bitcast_convert_type(q.codes, jnp.uint8)
     scales, zero_points = q.scales, q.zero_points
     if q.spec.block_size != "tensor":
-        scales, zero_points = jax.tree.map(lambda s: s[..., None], (scales, zero_points))
+        axes = _block_axes(q.spec, codes.ndim)
+        scales, zero_points = jax.tree.map(
+            lambda s: jnp.expand_dims(s, axes), (scales, zero_points)
+        )
     levels = _to_blocks(decode(codes, format), q.spec)
     if zero_points is not None:
         levels = levels - zero_points.astype(jnp.float32)
@@ -106,7 +112,7 @@ def quantize_values(
     Args:
       x: `(*batch, k)`, any float dtype; k need not make whole bytes.
       spec: Target.
-      key: For stochastic rounding.
+      key: For a spec that needs one.
 
     Returns:
       `(values, units)`, both float32 `(*batch, k)`: the rounded values and `x / scale`, plus the
@@ -125,6 +131,26 @@ def quantize_values(
     return values.reshape(x.shape), units.reshape(x.shape)
 
 
+def to_units(x: Shaped[ArrayLike, "..."], spec: QuantSpec) -> Float[Array, "..."]:
+    """The units of `quantize_values`, without rounding anything.
+
+    Args:
+      x: `(*batch, k)`, any float dtype.
+      spec: Target; its rounding does not matter.
+
+    Returns:
+      Float32 `(*batch, k)`: `x / scale`, plus the zero point if there is one; 0 in a zero block,
+      NaN in a non-finite one.
+
+    Raises:
+      ValueError: As `quantize_values`, but for the key.
+    """
+    x = jnp.asarray(x)
+    _check("to_units", x, spec)
+    found, units = _find_scales(x, spec)
+    return _mark_non_finite(units, found.scales).reshape(x.shape)
+
+
 class _Grid(NamedTuple):
     levels: jax.Array  # in blocks
     scales: jax.Array
@@ -135,31 +161,59 @@ class _Grid(NamedTuple):
 
 def _to_grid(who, x, spec, key):
     """Blocks of `x` rounded to levels, with their scales, and `x` in units of the scale."""
-    _check(who, x, spec, key)
+    _check(who, x, spec)
+    _check_key(who, spec, key)
+    (scales, global_scale, is_live, zero_points), units = _find_scales(x, spec)
+    with jax.named_scope("lowbit_quantize"):  # to find it in a jaxpr or a profile
+        if spec.rounding == "eden":
+            levels, scales = eden_round(units, scales, spec, key)
+            is_live = is_live & (scales.astype(jnp.float32) != 0)
+        else:
+            # In the shape of x, so that the random bits do not depend on the block size.
+            flat = round_to_grid(units.reshape(x.shape), spec.format, spec.rounding, key)
+            levels = flat.reshape(units.shape)
+    if spec.gain != 1:
+        assert global_scale is not None  # as QuantSpec demands
+        global_scale = global_scale * np.float32(spec.gain)
+    grid = _Grid(levels, scales, global_scale, is_live, zero_points)
+    return grid, _mark_non_finite(units, scales)
+
+
+def _find_scales(x, spec):
+    """The scales of the blocks of `x`, and the blocks in their units, 0 in those not live."""
     blocks = _to_blocks(x.astype(jnp.float32), spec)
-    axis = tuple(range(max(x.ndim - 2, 0), x.ndim)) if spec.block_size == "tensor" else -1
-    found = block_scales(blocks, spec.format, spec.scale, axis)
-    scales, global_scale, is_live, zero_points = found
-    units = divide_by_scales(blocks, scales, global_scale)
-    if zero_points is not None:
-        units = units + zero_points.astype(jnp.float32)
-    units = jnp.where(is_live, units, 0)
-    # Rounded in the shape of x, so that the random bits do not depend on the block size.
-    levels = round_to_grid(units.reshape(x.shape), spec.format, spec.rounding, key)
-    units = jnp.where(is_nan_scale(scales), jnp.float32(jnp.nan), units)
-    levels = levels.reshape(blocks.shape)
-    return _Grid(levels, scales, global_scale, is_live, zero_points), units
+    found = block_scales(blocks, spec, _block_axes(spec, x.ndim))
+    units = divide_by_scales(blocks, found.scales, found.global_scale)
+    if found.zero_points is not None:
+        units = units + found.zero_points.astype(jnp.float32)
+    return found, jnp.where(found.is_live, units, 0)
+
+
+def _mark_non_finite(units, scales):
+    return jnp.where(is_nan_scale(scales), jnp.float32(jnp.nan), units)
 
 
 def _to_blocks(x, spec):
+    """`x` with the entries that share a scale along axes of their own; see `_block_axes`."""
     if spec.block_size == "tensor":
         return x
     *batch, k = x.shape
     block_size = spec.block_size or k
-    return x.reshape(*batch, k // block_size, block_size)
+    if spec.block_rows == 1:
+        return x.reshape(*batch, k // block_size, block_size)
+    *batch, n = batch
+    rows = spec.block_rows
+    return x.reshape(*batch, n // rows, rows, k // block_size, block_size)
 
 
-def _check(who, x, spec, key):
+def _block_axes(spec, ndim):
+    """The axes of `_to_blocks` over which a scale is shared, counted from the end."""
+    if spec.block_size == "tensor":
+        return tuple(range(-min(ndim, 2), 0))
+    return -1 if spec.block_rows == 1 else (-3, -1)
+
+
+def _check(who, x, spec):
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{who}: x must be floating, got {x.dtype}; cast it first, or if these are codes,"
@@ -172,8 +226,21 @@ def _check(who, x, spec, key):
             f"{who}: the last axis must be a multiple of block_size={spec.block_size}, got shape"
             f" {x.shape}; pad it or choose a smaller block."
         )
-    if spec.rounding == "stochastic" and key is None:
+    if spec.block_rows > 1 and (x.ndim < 2 or x.shape[-2] % spec.block_rows):
         raise ValueError(
-            f"{who}: {spec} rounds stochastically and needs a random key, got key=None; pass"
+            f"{who}: the last axis but one must be a multiple of block_rows={spec.block_rows}, got"
+            f" shape {x.shape}; pad it or choose a smaller block."
+        )
+    if spec.correction_block is not None and x.shape[-1] % spec.correction_block:
+        raise ValueError(
+            f"{who}: the last axis must be a multiple of correction_block={spec.correction_block},"
+            f" got shape {x.shape}; pad it or leave correction_block at None."
+        )
+
+
+def _check_key(who, spec, key):
+    if spec.needs_key and key is None:
+        raise ValueError(
+            f"{who}: {spec} rounds at random and needs a random key, got key=None; pass"
             " key=jax.random.key(...), a new one every step."
         )

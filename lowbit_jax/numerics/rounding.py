@@ -9,19 +9,23 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, UInt32
 
-from lowbit_jax.numerics.floats import floor_log2, power_of_two
-from lowbit_jax.numerics.formats import Format
+from lowbit_jax.numerics.floats import float_bits, floor_log2, power_of_two
+from lowbit_jax.numerics.formats import E4M3, E5M2, Format
 
-Rounding = Literal["nearest", "stochastic"]
+_FLOAT16 = Format("float16", "float", 16, 65504.0, np.dtype(np.float16), 5, 10, 15)
+# The narrow floats that the casts know, but bfloat16, whose steps float32 does not hold.
+CAST_FORMATS = {format.storage: format for format in (_FLOAT16, E4M3, E5M2)}
 
 
 def round_to_grid(
     y: Float[ArrayLike, "*shape"],
     format: Format,
-    rounding: Rounding = "nearest",
-    key: PRNGKeyArray | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
 ) -> Float[Array, "*shape"]:
     """The level of `format` that `y` rounds to, float32; saturates at the outermost levels.
 
@@ -66,7 +70,7 @@ def round_to_grid(
 
 
 def stochastic_round(
-    x: Float[ArrayLike, "*shape"], format: Format, key: PRNGKeyArray
+    x: Float[ArrayLike, "*shape"], format: Format, key: PRNGKeyArray | UInt32[Array, "2"]
 ) -> Float[Array, "*shape"]:
     """Rounds up with probability `(x - lo) / (hi - lo)`, `lo <= x <= hi` the neighbouring levels.
 
@@ -102,6 +106,47 @@ def stochastic_round(
     if format.kind == "integer":
         return jnp.where(rounded == 0, np.float32(0), rounded)
     return rounded
+
+
+def stochastic_cast(
+    x: Float[ArrayLike, "*shape"], dtype: DTypeLike, key: PRNGKeyArray | UInt32[Array, "2"]
+) -> Float[Array, "*shape"]:
+    """Casts to a narrow float, up with probability `(x - lo) / (hi - lo)`, `lo <= x <= hi`.
+
+    Unbiased up to the resolution of the random bits, subnormal results included. A finite value
+    beyond the largest finite one saturates, unlike in `astype`; NaN and infinity stay what they
+    are (e4m3 has no infinity and gets NaN).
+
+    Args:
+      x: Any float dtype; computed in float32.
+      dtype: bfloat16, float16, float8_e4m3fn or float8_e5m2.
+      key: One random key.
+
+    Returns:
+      Same shape, in `dtype`.
+
+    Raises:
+      ValueError: If there is no stochastic cast to that dtype.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    dtype = np.dtype(dtype)
+    if dtype == jnp.bfloat16:
+        rounded = _stochastic_bfloat16(x, key)
+    elif dtype in CAST_FORMATS:
+        rounded = stochastic_round(x, CAST_FORMATS[dtype], key).astype(dtype)
+    else:
+        names = ", ".join(map(str, [np.dtype(jnp.bfloat16), *CAST_FORMATS]))
+        raise ValueError(f"stochastic_cast: dtype must be one of {names}, got {dtype}.")
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(dtype))
+
+
+def _stochastic_bfloat16(x, key):
+    """Adds 16 random bits below the mantissa that stays and cuts: exact in every binade."""
+    bits = float_bits(x)
+    magnitude = (bits & 0x7FFFFFFF) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.int32)
+    magnitude = jnp.minimum(magnitude >> 16, 0x7F7F)
+    sign = jnp.where(bits < 0, 0x8000, 0)
+    return lax.bitcast_convert_type((magnitude | sign).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _float_steps(y, format):

@@ -27,10 +27,11 @@ With a the abs-max of the block, m the outermost level and emax its exponent:
 `absmax_ct175`               `absmax_floor` of an a whose mantissa, if 1.75 or more, was rounded up
                              to the next power of two. The rule of compressed-tensors; the least
                              error on Gaussian data of the powers of two.
-`absmax_e4m3`                `E4M3(a / (m * global_scale))`, `global_scale = max a / (448 m)`.
+`absmax_e4m3`                `E4M3(a / (m * global_scale))`, `global_scale = max a / (448 m)`; 256
+                             instead of 448 under "eden", to leave room for its correction.
 `absmax_e4m3_four_over_six`  The better, by squared error, of that and 1.5 times it, which puts the
                              abs-max on 4 instead of 6; ties to six; 256 instead of 448 leaves the
-                             room. Castro et al., Quartet II, arXiv:2601.22813.
+                             room. Panferov et al., Quartet II, arXiv:2601.22813.
 `rms`                        `alpha * rms / m`, alpha the clipping point that minimises the squared
                              error on Gaussian data. Panferov et al., QuEST, arXiv:2502.05003,
                              section 3.
@@ -39,6 +40,9 @@ With a the abs-max of the block, m the outermost level and emax its exponent:
                              published code does in the forward pass; `rms_nearest` fits the errors
                              that the paper reports.
 ===========================  ====================================================================
+
+A margin c puts `m / c` in the place of m in `absmax` and the E4M3 rules, so that the outermost
+level stands for `c a`.
 
 Where we differ: QuEST's and Quartet's code adds 1e-8 to the scale (before the logarithm, in the
 second); we do not, so that multiplying the input by a power of two multiplies the result by it
@@ -49,7 +53,8 @@ A zero block stores scale 0 (E8M0: code 0), a block with a non-finite entry a Na
 whose abs-max is subnormal counts as zero, for XLA flushes subnormals on some devices.
 """
 
-from typing import Literal, NamedTuple, get_args
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,49 +71,14 @@ from lowbit_jax.numerics.floats import (
     root_mean_square,
     times_power_of_two,
 )
-from lowbit_jax.numerics.formats import E4M3, Format
-from lowbit_jax.numerics.rounding import Rounding, round_to_grid
-
-ScaleRule = Literal[
-    "absmax",
-    "minmax",
-    "absmax_floor",
-    "absmax_floor43",
-    "absmax_ceil",
-    "absmax_ct175",
-    "absmax_e4m3",
-    "absmax_e4m3_four_over_six",
-    "rms",
-    "rms_nearest",
-    "std_floor",
-]
-
-POWER_OF_TWO_RULES = (
-    "absmax_floor",
-    "absmax_floor43",
-    "absmax_ceil",
-    "absmax_ct175",
-    "rms_nearest",
-    "std_floor",
+from lowbit_jax.numerics.formats import E4M3
+from lowbit_jax.numerics.rounding import round_to_grid
+from lowbit_jax.numerics.spec import (
+    E4M3_RULES,
+    GAUSSIAN_ALPHA,
+    POWER_OF_TWO_RULES,
+    QuantSpec,
 )
-E4M3_RULES = ("absmax_e4m3", "absmax_e4m3_four_over_six")
-RMS_RULES = ("rms", "rms_nearest", "std_floor")
-
-# The clipping points of QuEST's published code: the outermost level in units of the standard
-# deviation. From 4 bits on they lie a little below the true optima (2.51401, 2.91615, 3.27799,
-# 3.6111, 3.9222), which costs less than 0.2 % of the error.
-GAUSSIAN_ALPHA = {
-    "midrise1": 0.7978845587140913,
-    "ternary": 1.2240089519030855,
-    "midrise2": 1.4935346200015913,
-    "midrise3": 2.051068354131873,
-    "midrise4": 2.513930578568423,
-    "midrise5": 2.9160938834961225,
-    "midrise6": 3.276597282593217,
-    "midrise7": 3.6010497188221655,
-    "midrise8": 3.884938678807525,
-    "e2m1": 2.92247856,
-}
 
 _E8M0_NAN = 0xFF
 _E4M3_NAN = 0x7F
@@ -130,85 +100,20 @@ class BlockScales(NamedTuple):
     zero_points: jax.Array | None = None
 
 
-def check_parts(rule: str, format: Format, block_size: int | str | None, rounding: str) -> None:
-    """Raises a ValueError if the parts of a `QuantSpec` do not go together."""
-    if not (block_size in (None, "tensor") or (isinstance(block_size, int) and block_size > 0)):
-        raise ValueError(
-            "QuantSpec: block_size must be a positive int, None (a row) or 'tensor', got"
-            f" {block_size!r}."
-        )
-    if rounding not in get_args(Rounding):
-        raise ValueError(
-            f"QuantSpec: rounding must be 'nearest' or 'stochastic', got {rounding!r}."
-        )
-    if rule not in get_args(ScaleRule):
-        raise ValueError(
-            f"QuantSpec: no scale rule {rule!r}; choose one of {', '.join(get_args(ScaleRule))}."
-        )
-    if block_size == "tensor" and rule != "absmax":
-        raise ValueError(
-            f"QuantSpec: block_size 'tensor' goes with scale 'absmax' only, got {rule!r}; use an"
-            " integer block_size, or None for a scale a row."
-        )
-    if (rule == "minmax") != (format.min == 0):
-        raise ValueError(
-            f"QuantSpec: 'minmax' goes with unsigned formats and they with it, got {rule!r} for"
-            f" {format.name}; use unsigned({format.bits}) with 'minmax', or another of both."
-        )
-    if rule in RMS_RULES and format.name not in GAUSSIAN_ALPHA:
-        raise ValueError(
-            f"QuantSpec: {rule!r} has no Gaussian clipping point for {format.name}; choose one of"
-            f" {', '.join(GAUSSIAN_ALPHA)}, or an absmax rule."
-        )
-    if rule in POWER_OF_TWO_RULES and format.kind == "midrise":
-        raise ValueError(
-            f"QuantSpec: {rule!r} is defined for float and integer formats, got {format.name}; use"
-            " 'absmax' or 'rms'."
-        )
-    if rule == "absmax_floor43" and format.kind != "float":
-        raise ValueError(
-            f"QuantSpec: 'absmax_floor43' is for float formats, got {format.name}; use"
-            " 'absmax_ceil', which never clips either."
-        )
-    if rule in E4M3_RULES and not (format.name == "e2m1" or format.kind == "integer"):
-        raise ValueError(
-            f"QuantSpec: {rule!r} goes with e2m1 or integer formats, got {format.name}; use"
-            " 'absmax' or 'absmax_floor'."
-        )
-    if rule in E4M3_RULES and block_size is None:
-        raise ValueError(
-            f"QuantSpec: {rule!r} needs an integer block_size, got None; NVFP4 has 16."
-        )
-    if rule == "absmax_e4m3_four_over_six" and format.name != "e2m1":
-        raise ValueError(f"QuantSpec: {rule!r} is defined for e2m1 only, got {format.name}.")
-    if rule == "absmax_e4m3_four_over_six" and rounding == "stochastic":
-        raise ValueError(
-            f"QuantSpec: {rule!r} with stochastic rounding is biased, for the choice of scale"
-            " depends on the error; use 'absmax_e4m3'."
-        )
-    if rule == "std_floor" and (
-        not isinstance(block_size, int) or block_size & (block_size - 1) != 0
-    ):
-        raise ValueError(
-            f"QuantSpec: 'std_floor' needs a block_size that is a power of two, got {block_size};"
-            " use 'rms_nearest'."
-        )
-
-
 def block_scales(
-    blocks: Float[Array, "..."], format: Format, rule: ScaleRule, axis: int | tuple[int, ...] = -1
+    blocks: Float[Array, "..."], spec: QuantSpec, axis: int | tuple[int, ...] = -1
 ) -> BlockScales:
-    """The scale of each block by `rule`; see the table of the module.
+    """The scale of each block by `spec.scale`; see the table of the module.
 
     Args:
       blocks: Any float dtype; computed in float32.
-      format: The grid that the scale is for.
-      rule: Name of the rule; `check_parts` says what it goes with.
-      axis: The axes of one block; the `rms` and E4M3 rules take the last one only.
+      spec: The rule, the grid that the scale is for and the margin.
+      axis: The axes of one block; the `rms` rules take the last one only.
 
     Returns:
-      `BlockScales`. Not differentiated anywhere in this package.
+      `BlockScales`, the global scale without the gain. Not differentiated anywhere in this package.
     """
+    rule, format = spec.scale, spec.format
     blocks = blocks.astype(jnp.float32)
     a = absmax(blocks, axis)
     is_finite = jnp.isfinite(a)
@@ -225,11 +130,12 @@ def block_scales(
     if rule == "minmax":
         return _minmax_scales(blocks, is_finite, is_live, format, axis)
     if rule in E4M3_RULES:
-        return _e4m3_scales(blocks, a, is_finite, is_live, format, rule)
+        return _e4m3_scales(blocks, a, is_finite, is_live, spec, axis)
     if rule == "rms":
         scales = root_mean_square(blocks) * np.float32(GAUSSIAN_ALPHA[format.name] / format.max)
     else:
-        scales = a * reciprocal((format.max - format.min) / 2)  # m, but for the full range
+        outermost = (format.max - format.min) / 2  # m, but for the full range
+        scales = a * reciprocal(outermost / spec.margin)
     is_live = is_live & (scales >= SMALLEST_NORMAL)
     scales = jnp.where(is_live, scales, np.float32(0))
     return BlockScales(jnp.where(is_finite, scales, np.float32(np.nan)), None, is_live)
@@ -276,6 +182,15 @@ def is_nan_scale(scales: jax.Array) -> Bool[Array, "..."]:
     return jnp.isnan(scales.astype(jnp.float32))
 
 
+def units_bound(spec: QuantSpec) -> float:
+    """A power of two above the levels and above `|x / scale|` under the E4M3 rules.
+
+    The abs-max of a block becomes `m / margin`, and at most twice that where a subnormal scale was
+    rounded to half of what was asked for.
+    """
+    return 2.0 ** math.frexp(2 * spec.format.max / min(spec.margin, 1.0))[1]
+
+
 def _scale_exponent(blocks, a, format, rule):
     """Exponent of a power-of-two scale, before it is clipped to what E8M0 holds.
 
@@ -311,19 +226,21 @@ def _minmax_scales(blocks, is_finite, is_live, format, axis):
     return BlockScales(scales, None, is_live, zero_points.astype(jnp.uint8))
 
 
-def _e4m3_scales(blocks, a, is_finite, is_live, format, rule):
+def _e4m3_scales(blocks, a, is_finite, is_live, spec, axis):
     """E4M3 scales and their global scale, from the abs-max of the finite blocks."""
-    four_over_six = rule == "absmax_e4m3_four_over_six"
-    headroom = 256.0 if four_over_six else E4M3.max
+    format = spec.format
+    four_over_six = spec.scale == "absmax_e4m3_four_over_six"
+    largest = 256.0 if four_over_six or spec.rounding == "eden" else E4M3.max
+    top = format.max / spec.margin  # what the abs-max of a block is to become
     amax = jnp.max(jnp.where(is_finite, a, 0))
-    global_scale = amax * reciprocal(headroom * format.max)
+    global_scale = amax * reciprocal(largest * top)
     global_scale = jnp.where(global_scale < SMALLEST_NORMAL, np.float32(1), global_scale)
-    target = jnp.where(is_live, a, 0) / (global_scale * np.float32(format.max))
+    target = jnp.where(is_live, a, 0) / (global_scale * np.float32(top))
     scales = round_to_grid(target, E4M3)
     if four_over_six:
         wider = round_to_grid(target * np.float32(1.5), E4M3)
-        error = _squared_error(blocks, scales, global_scale, is_live, format)
-        wider_error = _squared_error(blocks, wider, global_scale, is_live, format)
+        error = _squared_error(blocks, scales, global_scale, is_live, spec, axis)
+        wider_error = _squared_error(blocks, wider, global_scale, is_live, spec, axis)
         scales = jnp.where(wider_error < error, wider, scales)
     is_live = is_live & (scales > 0)
     codes = lax.bitcast_convert_type(scales.astype(E4M3.storage), jnp.uint8)
@@ -331,11 +248,9 @@ def _e4m3_scales(blocks, a, is_finite, is_live, format, rule):
     return BlockScales(lax.bitcast_convert_type(codes, E4M3.storage), global_scale, is_live)
 
 
-def _squared_error(blocks, scales, global_scale, is_live, format):
+def _squared_error(blocks, scales, global_scale, is_live, spec, axis):
     """Squared rounding error of each block over `global_scale**2`, equal bits however compiled."""
     units = jnp.where(is_live, divide_by_scales(blocks, scales, global_scale), 0)
-    error = units - round_to_grid(units, format)
-    # Within (-1, 1) for the sum: the error is at most 1 inside the grid, and the abs-max is at
-    # most twice 6 even where a subnormal scale was rounded to half of what was asked for.
-    error = error * np.float32(1 / 16)
-    return order_free_sum(error * error) * (scales * scales)
+    error = units - round_to_grid(units, spec.format)
+    error = error * np.float32(1 / units_bound(spec))  # within (-1, 1) for the sum
+    return order_free_sum(error * error, axis) * (scales * scales)

@@ -61,12 +61,16 @@ def hadamard_transform(
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
     # float64 stays what it is, where somebody has enabled it.
     sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if jax.default_backend() == "cpu":
+        # Exact, and what XLA does there by itself, but for a transposed array of one block a row:
+        # for that product of 16-bit operands it has no code and says so only when it runs.
+        blocks = blocks.astype(sum_dtype)
     # Only where the operands have more bits than a tensor core's single pass takes.
-    precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
+    precision = jax.lax.Precision.HIGHEST if blocks.dtype.itemsize >= 4 else None
     if method == "matrix":
         rotated = jax.lax.dot_general(
             blocks,
-            jnp.asarray(hadamard_matrix(block_size), x.dtype),
+            jnp.asarray(hadamard_matrix(block_size), blocks.dtype),
             (((blocks.ndim - 1,), (0,)), ((), ())),
             precision=precision,
             preferred_element_type=sum_dtype,

@@ -71,12 +71,12 @@ def onto_grid(spec: QuantSpec, rotation: InvertibleMap | None = None) -> GridPro
       A hashable `Projection`: same shape and dtype, float32 inside, no gradient.
 
     Raises:
-      ValueError: If `spec` rounds stochastically or `rotation` draws signs: a projection is a
+      ValueError: If `spec` rounds at random or `rotation` draws signs: a projection is a
         function of its argument alone.
     """
-    if spec.rounding == "stochastic":
+    if spec.needs_key:
         raise ValueError(
-            f"onto_grid: a projection has no key to round with, got rounding='stochastic' in"
+            f"onto_grid: a projection has no key to round with, got rounding={spec.rounding!r} in"
             f" {spec}; use dataclasses.replace(spec, rounding='nearest')."
         )
     if getattr(rotation, "needs_key", False):

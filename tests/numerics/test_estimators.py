@@ -9,12 +9,17 @@ from lowbit_jax.numerics import (
     FP8_E4M3,
     INT4,
     MXFP4,
+    NVFP4_EDEN,
+    NVFP4_FOUR_OVER_SIX,
+    NVFP4_STOCHASTIC,
     PRESETS,
     QUEST_INT1,
     QUEST_INT4,
     QUEST_MXFP4,
+    QUEST_MXFP4_FLOOR,
     QuantSpec,
     fake_quantize,
+    gradient_mask,
     integer,
     quantize_and_mask,
     quantize_values,
@@ -92,6 +97,30 @@ def test_the_largest_entry_under_absmax_is_not_clipped(data, spec):
         # 4096 more abs-maxima, scaled to hit every rounding of scale and quotient.
         many = jnp.linspace(1, 2, 4096 * 128, dtype=jnp.float32).reshape(4096, 128)
         assert np.all(jax.jit(quantize_and_mask, static_argnums=(1, 2))(many, spec, "clipped")[1])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [QUEST_MXFP4_FLOOR, NVFP4_FOUR_OVER_SIX, NVFP4_STOCHASTIC, NVFP4_EDEN],
+    ids=str,
+)
+def test_the_mask_alone_is_that_of_the_rounded_values(data, spec):
+    x = data[0].at[1, 3].set(jnp.nan).at[2].set(0.0)
+    masks = jax.jit(gradient_mask, static_argnums=(1, 2, 3))
+    both = jax.jit(quantize_and_mask, static_argnums=(1, 2, 3))
+    for estimator, clip_scale in [("clipped", 0.7), ("trust", 1.0)]:
+        for seed in range(2):  # no mask depends on the key
+            key = jax.random.key(seed)
+            _, expected = both(x, spec, estimator, clip_scale, key=key)
+            # Exact: the same comparison of the same units.
+            np.testing.assert_array_equal(masks(x, spec, estimator, clip_scale), expected)
+    assert not np.all(masks(x, spec, "clipped", 0.7))
+    assert gradient_mask(x, spec, "straight_through") is None
+    # Nothing is rounded: this is the scope of the rounding of `quantize`.
+    jaxpr = jax.make_jaxpr(lambda x: gradient_mask(x, spec, "clipped"))(x)
+    assert "lowbit_quantize" not in jaxpr.pretty_print(name_stack=True)
+    jaxpr = jax.make_jaxpr(lambda x: quantize_values(x, spec, key=jax.random.key(0)))(x)
+    assert "lowbit_quantize" in jaxpr.pretty_print(name_stack=True)
 
 
 def test_gradients_are_in_the_dtype_of_the_input(data):

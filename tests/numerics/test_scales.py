@@ -1,4 +1,5 @@
-import dataclasses
+import copy
+from dataclasses import replace
 from fractions import Fraction
 
 import jax
@@ -14,6 +15,9 @@ from lowbit_jax.numerics import (
     INT4,
     MXFP4,
     NVFP4,
+    NVFP4_16X16,
+    NVFP4_EDEN,
+    NVFP4_EDEN_128,
     NVFP4_FOUR_OVER_SIX,
     QUEST_INT4,
     QUEST_MXFP4,
@@ -23,9 +27,10 @@ from lowbit_jax.numerics import (
     round_to_grid,
     unsigned,
 )
-from lowbit_jax.numerics.scales import block_scales, check_parts, multiply_by_scales
+from lowbit_jax.numerics.scales import block_scales, multiply_by_scales
+from lowbit_jax.numerics.spec import check_parts
 
-scales_of = jax.jit(block_scales, static_argnums=(1, 2, 3))
+scales_of = jax.jit(block_scales, static_argnums=1)
 
 
 def exact_exponent(a, format, rule):
@@ -52,7 +57,7 @@ def test_power_of_two_rules_are_exact_at_their_thresholds(format, rule):
     mantissas = np.float32([1, 1.25, 1.4, 1.5, 1.75, 1.875])
     a = (mantissas * (2.0 ** np.float64([[-90], [-3], [0], [7], [90]]))).astype(np.float32).ravel()
     a = np.concatenate([a, np.nextafter(a, np.float32(0)), np.nextafter(a, np.float32(np.inf))])
-    result = scales_of(a[:, None], format, rule)
+    result = scales_of(a[:, None], QuantSpec(format, 1, rule))
     expected = [exact_exponent(value, format, rule) for value in a]
     np.testing.assert_array_equal(np.asarray(result.scales)[:, 0].astype(int) - 127, expected)
     if rule == "absmax_floor43":
@@ -65,7 +70,7 @@ def test_power_of_two_rules_never_clip_or_clip_where_they_say(run):
     x = np.random.default_rng(0).standard_t(3, (4, 128)).astype(np.float32)
     top = {}
     for rule in ["absmax_floor", "absmax_floor43", "absmax_ceil", "absmax_ct175"]:
-        units = run(x, dataclasses.replace(MXFP4, scale=rule))[3]
+        units = run(x, replace(MXFP4, scale=rule))[3]
         top[rule] = abs(np.asarray(units)).reshape(-1, 32).max(1)
     limits = {
         "absmax_floor": (4, 8),
@@ -85,7 +90,7 @@ def test_gaussian_rules_round_the_logarithm(run):
     assert abs(log - np.floor(log) - 0.5).min() > 1e-5  # no block at a threshold
     np.testing.assert_array_equal(run(x, QUEST_MXFP4)[0].scales.astype(int) - 127, np.round(log))
     log = np.log2(2.92247856 / 6 * blocks.std(-1))
-    spec = dataclasses.replace(QUEST_MXFP4, scale="std_floor")
+    spec = replace(QUEST_MXFP4, scale="std_floor")
     np.testing.assert_array_equal(run(x, spec)[0].scales.astype(int) - 127, np.floor(log))
 
 
@@ -148,9 +153,17 @@ def test_subnormal_blocks_count_as_zero_and_the_smallest_scale_is_exact(run):
     np.testing.assert_array_equal(q.codes[1], 0)
 
 
+def check(**parts):
+    """`check_parts` of a spec that the type checker of the test run would not let be built."""
+    spec = copy.copy(MXFP4)
+    for name, value in parts.items():
+        object.__setattr__(spec, name, value)
+    check_parts(spec)
+
+
 BAD = [
-    (lambda: check_parts("rne", E2M1, 32, "nearest"), "no scale rule 'rne'; choose one of absmax,"),
-    (lambda: check_parts("cast", E2M1, 32, "nearest"), "no scale rule 'cast'"),
+    (lambda: check(scale="rne"), "no scale rule 'rne'; choose one of absmax,"),
+    (lambda: check(scale="cast"), "no scale rule 'cast'"),
     (lambda: QuantSpec(E4M3, None, "rms"), "no Gaussian clipping point for e4m3"),
     (lambda: QuantSpec(integer(4), 32, "rms_nearest"), "no Gaussian clipping point for int4"),
     (lambda: QuantSpec(midrise(4), 32, "rms_nearest"), "float and integer formats, got midrise4"),
@@ -160,7 +173,7 @@ BAD = [
     (lambda: QuantSpec(E2M1, None, "absmax_e4m3"), "integer block_size, got None"),
     (lambda: QuantSpec(integer(4), 16, "absmax_e4m3_four_over_six"), "e2m1 only, got int4"),
     (
-        lambda: dataclasses.replace(NVFP4_FOUR_OVER_SIX, rounding="stochastic"),
+        lambda: replace(NVFP4_FOUR_OVER_SIX, rounding="stochastic"),
         "with stochastic rounding is biased",
     ),
     (lambda: QuantSpec(integer(4), 32, "minmax"), "'minmax' goes with unsigned formats"),
@@ -168,8 +181,22 @@ BAD = [
     (lambda: QuantSpec(E2M1, 48, "std_floor"), "power of two, got 48"),
     (lambda: QuantSpec(E2M1, "tensor", "absmax_floor"), "'tensor' goes with scale 'absmax'"),
     (lambda: QuantSpec(E2M1, 0), "positive int, None"),
-    (lambda: check_parts("absmax", E2M1, "row", "nearest"), "positive int, None"),
-    (lambda: check_parts("absmax", E2M1, 32, "up"), "'nearest' or 'stochastic', got 'up'"),
+    (lambda: check(block_size="row"), "positive int, None"),
+    (lambda: check(rounding="up"), "'stochastic' or 'eden', got 'up'"),
+    (lambda: QuantSpec(E2M1, 32, margin=0.0), "margin must be positive and finite, got 0.0"),
+    (lambda: QuantSpec(E2M1, 32, margin=float("nan")), "margin must be positive and finite"),
+    (lambda: replace(MXFP4, margin=2.0), "margin goes with the rules absmax, absmax_e4m3,"),
+    (lambda: QuantSpec(E2M1, 32, gain=2.0), "gain goes with the rules absmax_floor43,"),
+    (lambda: replace(NVFP4, gain=-1.0), "gain must be positive and finite, got -1.0"),
+    (lambda: replace(NVFP4, block_rows=0), "block_rows must be a positive int, got 0"),
+    (lambda: replace(MXFP4, block_rows=2), "block_rows > 1 goes with absmax, absmax_e4m3,"),
+    (lambda: QuantSpec(E2M1, "tensor", block_rows=2), "got block_rows=2 with 'absmax'"),
+    (lambda: replace(NVFP4_EDEN, block_rows=16), "goes with 'absmax_e4m3' and block_rows=1"),
+    (lambda: replace(MXFP4, rounding="eden"), "got 'absmax_floor' and 1; use 'stochastic'"),
+    (lambda: replace(NVFP4_FOUR_OVER_SIX, rounding="eden"), "with eden rounding is biased"),
+    (lambda: replace(NVFP4, correction_block=16), "belongs to rounding 'eden', got 16"),
+    (lambda: replace(NVFP4_EDEN, correction_block=24), "multiple of block_size=16, got 24"),
+    (lambda: replace(NVFP4_EDEN, correction_block=0), "multiple of block_size=16, got 0"),
 ]
 
 
@@ -183,7 +210,14 @@ def test_parts_that_do_not_go_together_are_refused(build, message):
 def test_specs_are_equal_when_they_mean_the_same():
     assert QuantSpec(integer(4), 128) == INT4
     assert hash(QuantSpec(integer(4), 128)) == hash(INT4)
+    assert replace(NVFP4_EDEN, correction_block=16) == NVFP4_EDEN
+    assert replace(NVFP4_EDEN_128, correction_block=16) == NVFP4_EDEN
+    assert NVFP4_EDEN.needs_key
+    assert not NVFP4_16X16.needs_key
     assert str(MXFP4) == "e2m1/32 absmax_floor"
-    assert str(dataclasses.replace(INT4, block_size=None, rounding="stochastic")) == (
+    assert str(replace(INT4, block_size=None, rounding="stochastic")) == (
         "int4/row absmax stochastic"
     )
+    assert str(NVFP4_16X16) == "e2m1/16x16 absmax_e4m3"
+    assert str(NVFP4_EDEN_128) == "e2m1/16 absmax_e4m3 eden/128 margin 0.988125"
+    assert str(replace(NVFP4, gain=1.5)) == "e2m1/16 absmax_e4m3 gain 1.5"

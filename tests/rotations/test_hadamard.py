@@ -56,6 +56,15 @@ def test_blocks_do_not_mix():
     assert jnp.all(rotated[0, 32:] == 0)
 
 
+def test_a_transposed_matrix_of_one_block_a_row_runs_in_half_precision():
+    # XLA on the CPU folds the transposition into a product for which it has no code.
+    x = jax.random.normal(jax.random.key(0), (128, 64)).astype(jnp.bfloat16)
+    rotated = jax.jit(lambda x: hadamard_transform((2 * x).T, 128))(x)
+    wide = jax.jit(lambda x: hadamard_transform(2 * x.T, 128))(x.astype(jnp.float32))
+    # Bound: sums of 128 terms in another order.
+    np.testing.assert_allclose(rotated, wide, atol=128 * 2**-24 * jnp.abs(wide).max())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_input_is_rotated_exactly_as_float32(dtype):
     # Multiples of 1/8 up to 16 are exact in both dtypes, and so are their sums in float32.
