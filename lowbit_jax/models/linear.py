@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lowbit_jax.models.layers import logical_init
 from lowbit_jax.ops import recipes
+from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ops.quantized_dot import quantized_dot
-from lowbit_jax.ops.recipes import DotRecipe
+from lowbit_jax.ops.quantized_weight import QuantizedWeight
 
 RecipeRules = tuple[tuple[str, DotRecipe], ...]
 
@@ -46,7 +47,8 @@ def resolve_recipes(
 class QuantizedLinear(nn.Module):
     """`y = x weight^T`, the product by `recipe`; no bias.
 
-    The parameter `weight` `(features, k)` is float32 and starts as `N(0, stddev^2)`.
+    The parameter `weight` `(features, k)` is float32 and starts as `N(0, stddev^2)`. `apply` also
+    takes a `QuantizedWeight` in its place.
 
     Attributes:
       features: Width of the output.
@@ -64,7 +66,15 @@ class QuantizedLinear(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch k"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch n"]:
-        """`(*batch, features)` in `x.dtype`; `key` only where the recipe rounds stochastically."""
-        init = logical_init(nn.initializers.normal(self.stddev), self.axes)
-        weight = self.param("weight", init, (self.features, x.shape[-1]), jnp.float32)
+        """`(*batch, features)` in `x.dtype`; `key` only where the recipe is random."""
+        shape = (self.features, x.shape[-1])
+        weight = self.get_variable("params", "weight")
+        if not isinstance(weight, QuantizedWeight):  # whose parts `param` would compare one by one
+            init = logical_init(nn.initializers.normal(self.stddev), self.axes)
+            weight = self.param("weight", init, shape, jnp.float32)
+        elif weight.master.shape != shape:
+            raise ValueError(
+                f"QuantizedLinear: the weight must be {shape}, got a QuantizedWeight of"
+                f" {weight.master.shape}; initialize the parameters with this very model."
+            )
         return quantized_dot(x, weight, self.recipe, key=key)

@@ -22,7 +22,7 @@ from lowbit_jax.models.layers import RMSNorm, logical_init, rotary_angles, rotat
 from lowbit_jax.models.linear import QuantizedLinear, RecipeRules, resolve_recipes
 from lowbit_jax.ops.attention import attention
 from lowbit_jax.ops.cross_entropy import linear_cross_entropy
-from lowbit_jax.ops.recipes import DotRecipe
+from lowbit_jax.ops.dot_recipe import DotRecipe
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -224,8 +224,9 @@ class Table(nn.Module):
 class Llama(nn.Module):
     """Language model: `model.apply({"params": params}, tokens)` gives logits.
 
-    `nn.meta.unbox(model.init(key, tokens)["params"])` are the parameters, a plain tree. Recipes
-    that round stochastically need a key: `model.apply(..., rngs={"quantize": key})`.
+    `nn.meta.unbox(model.init(key, tokens)["params"])` are the parameters, a plain tree, in which
+    the seven matrices may be `QuantizedWeight`s. Recipes that draw random numbers need a key:
+    `model.apply(..., rngs={"quantize": key})`.
     """
 
     config: LlamaConfig

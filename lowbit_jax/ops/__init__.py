@@ -1,7 +1,9 @@
 """Differentiable operations, the recipes that configure them, and what ran."""
 
+from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ops.quantized_dot import quantized_dot
-from lowbit_jax.ops.recipes import RECIPES, DotRecipe, get_recipe, weight_projection
+from lowbit_jax.ops.quantized_weight import QuantizedWeight, gradient_to_master, quantize_weight
+from lowbit_jax.ops.recipes import RECIPES, get_recipe, weight_projection
 from lowbit_jax.ops.report import Explanation, ProductRow, explain
 
 __all__ = [
@@ -9,8 +11,11 @@ __all__ = [
     "DotRecipe",
     "Explanation",
     "ProductRow",
+    "QuantizedWeight",
     "explain",
     "get_recipe",
+    "gradient_to_master",
+    "quantize_weight",
     "quantized_dot",
     "weight_projection",
 ]

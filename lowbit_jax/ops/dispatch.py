@@ -7,7 +7,7 @@ the order in which float32 sums are taken.
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lowbit_jax.numerics import E4M3, E5M2, QuantSpec
+from lowbit_jax.ops.dot_recipe import Product
 
-Product = Literal["y", "dx", "dw"]
 SCOPE = "lowbit"  # first word of the name of the scope round each product; `explain` looks for it
 _SEPARATOR = "|"
 

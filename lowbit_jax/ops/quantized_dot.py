@@ -3,24 +3,32 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, PRNGKeyArray, Shaped
 
-from lowbit_jax.numerics import QuantSpec, quantize, quantize_and_mask, quantize_values
+from lowbit_jax.numerics import (
+    QTensor,
+    QuantSpec,
+    dequantize,
+    quantize,
+    quantize_and_mask,
+    quantize_values,
+)
 from lowbit_jax.ops import dispatch
 from lowbit_jax.ops.dispatch import Operand
-from lowbit_jax.ops.recipes import DotRecipe
-from lowbit_jax.rotations import Rotation
+from lowbit_jax.ops.dot_recipe import DotRecipe, Product
+from lowbit_jax.ops.quantized_weight import QuantizedWeight
 
 _COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def quantized_dot(
     x: Shaped[ArrayLike, "..."],
-    w: Shaped[ArrayLike, "..."],
+    w: Shaped[ArrayLike, "..."] | QuantizedWeight,
     recipe: DotRecipe,
     *,
     key: PRNGKeyArray | None = None,
@@ -32,20 +40,22 @@ def quantized_dot(
 
         dx = (g Q(w R) * M_x) R^T        dw = (g^T Q(x R) * M_w) R^T
 
-    with the operands of these two products quantized once more if the recipe says so. Scales and
-    masks are not differentiated.
+    with the operands of these two products quantized once more if the recipe says so, or the
+    original ones in their place. Scales and masks are not differentiated.
 
     Quantizers compute in float32, from `w` as it comes: hand over the float32 master weights.
     Operands of the products are in the dtype of `x`, sums in float32; a GPU may shorten float32
     operands to TF32 unless `jax.default_matmul_precision` forbids it. `dx` is rounded to the dtype
     of `x` before it is rotated back; `dw` stays float32 to the end.
     Kept for the backward pass: the quantized operands, in the dtype of `x` or as float8 codes, and
-    the masks, one byte an entry; `x` and `w` themselves only where they are not quantized.
+    the masks, one byte an entry; `x` and `w` themselves only where they are not quantized, or
+    where backward quantizes the original. Of a `QuantizedWeight` the codes that it holds anyway.
 
     Args:
       x: `(*batch, k)`, bfloat16, float16 or float32. `*batch` is flattened to tokens: a format
         with one scale a tensor has one for all of them.
-      w: `(n, k)`, any floating dtype.
+      w: `(n, k)`, any floating dtype; or the same quantized in advance, whose gradient then comes
+        without mask and rotation back, see `QuantizedWeight`.
       recipe: What to quantize to; static under `jit`.
       key: Randomness of stochastic rounding and random signs. Needed if `recipe.needs_key`,
         unused otherwise; new for every step and layer.
@@ -64,7 +74,8 @@ def quantized_dot(
     References:
       Panferov et al., QuEST, arXiv:2502.05003; Castro et al., Quartet, arXiv:2505.14669.
     """
-    x, w = jnp.asarray(x), jnp.asarray(w)
+    x = jnp.asarray(x)
+    w = w if isinstance(w, QuantizedWeight) else jnp.asarray(w)
     return _quantized_dot(x, w, recipe, key, implementation, x.dtype)
 
 
@@ -131,12 +142,14 @@ class _Call:
     x_dtype: np.dtype
     w_dtype: np.dtype
     out_dtype: np.dtype
+    is_quantized: bool  # whether w came as a QuantizedWeight
 
 
 def _quantized_dot(x, w, recipe, key, implementation, out_dtype) -> Array:
     _check_call(x, w, recipe, key, implementation)
-    dtypes = jnp.dtype(x.dtype), jnp.dtype(w.dtype), jnp.dtype(out_dtype)
-    return _dot(x, w, key if recipe.needs_key else None, _Call(recipe, implementation, *dtypes))
+    dtypes = jnp.dtype(x.dtype), jnp.dtype(_master(w).dtype), jnp.dtype(out_dtype)
+    call = _Call(recipe, implementation, *dtypes, isinstance(w, QuantizedWeight))
+    return _dot(x, w, key if recipe.needs_key else None, call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -144,103 +157,137 @@ def _dot(x, w, key, call: _Call):
     return _dot_fwd(x, w, key, call)[0]
 
 
+class _Residual(NamedTuple):
+    """Of one forward operand, for the backward pass."""
+
+    saved: Operand | QTensor  # what the other operand's gradient is multiplied by
+    mask: Bool[Array, "rows k"] | None
+
+
 def _dot_fwd(x, w, key, call: _Call):
     recipe = call.recipe
     key_r, key_x, key_w = _split(_split(key)[0])
-    x_q, x_mask = _forward_operand(x, recipe.y_x, call, key_r, key_x)
-    w_q, w_mask = _forward_operand(w, recipe.y_w, call, key_r, key_w)
-    y = _product("y", _rows(x_q), w_q, recipe.y_x, recipe.y_w, call, call.out_dtype)
-    return y.reshape(*x.shape[:-1], w.shape[0]), (x_q, x_mask, w_q, w_mask, key)
+    keeps_x = not recipe.requantize and recipe.dw_x is not None
+    keeps_w = not recipe.requantize and recipe.dx_w is not None
+    x_q, of_x = _forward_operand(x, recipe.y_x, call, key_r, key_x, keeps_x)
+    if call.is_quantized:
+        w_q = _operand(w.quantized, call)
+        saved = _unquantized(w.master, call, key_r) if keeps_w else w.quantized
+        of_w = _Residual(saved, None)
+    else:
+        w_q, of_w = _forward_operand(w, recipe.y_w, call, key_r, key_w, keeps_w)
+    y = _product("y", _rows(x_q), w_q, call, call.out_dtype)
+    return y.reshape(*x.shape[:-1], w_q.values.shape[0]), (of_x, of_w, key)
 
 
 def _dot_bwd(call: _Call, residuals, g):
-    x_q, x_mask, w_q, w_mask, key = residuals
-    x_shape, x_q = (*g.shape[:-1], w_q.values.shape[1]), _rows(x_q)
+    of_x, of_w, key = residuals
     recipe = call.recipe
+    x_saved, w_saved = _rows(_operand(of_x.saved, call)), _operand(of_w.saved, call)
     key_y, key_dx, key_dw = _split(key)
+    x_shape = (*g.shape[:-1], w_saved.values.shape[1])
     g = g.astype(call.x_dtype).reshape(-1, g.shape[-1])
     dx = _backward_product(
-        "dx", g, recipe.dx_g, _transposed(w_q), recipe.y_w, recipe.dx_w, key_dx, call, call.x_dtype
+        "dx", g, recipe.dx_g, _transposed(w_saved), recipe.dx_w, key_dx, call, call.x_dtype
     )
     dw_dtype = jnp.promote_types(call.x_dtype, jnp.float32)
     dw = _backward_product(
-        "dw", g.T, recipe.dw_g, _transposed(x_q), recipe.y_x, recipe.dw_x, key_dw, call, dw_dtype
+        "dw", g.T, recipe.dw_g, _transposed(x_saved), recipe.dw_x, key_dw, call, dw_dtype
     )
     key_r = _split(key_y)[0]
-    dx = _to_original_basis(dx, x_mask, call, key_r).astype(call.x_dtype)
-    dw = _to_original_basis(dw, w_mask, call, key_r).astype(call.w_dtype)
+    dx = _to_original_basis(dx, of_x.mask, call, key_r).astype(call.x_dtype)
+    if call.is_quantized:
+        return dx.reshape(x_shape), QuantizedWeight(dw.astype(call.w_dtype), None), None
+    dw = _to_original_basis(dw, of_w.mask, call, key_r).astype(call.w_dtype)
     return dx.reshape(x_shape), dw, None
 
 
 _dot.defvjp(_dot_fwd, _dot_bwd)
 
 
-def _forward_operand(z, spec: QuantSpec | None, call: _Call, key_rotation, key):
-    """`Q(z R)` as rows and the gradient mask of these; `z` itself where there is nothing to do.
-
-    An untouched argument is neither cast nor reshaped: kept for the backward pass as it is, it is
-    shared by all products that take it, and `w` by the parameters.
-    """
-    rotation = call.recipe.forward_rotation
-    if spec is None and rotation is None:
-        return Operand(z, None), None
+def _forward_operand(z, spec: QuantSpec | None, call: _Call, key_rotation, key, keeps_original):
+    """`Q(z R)` as rows and what backward needs of it; `z` itself where there is nothing to do."""
+    if spec is None:
+        q = _unquantized(z, call, key_rotation)
+        return q, _Residual(q, None)
+    original = z
     z = z.reshape(-1, z.shape[-1])
+    rotation = call.recipe.rotation_of("y")
     if rotation is not None:
         z = rotation.apply(z, key=key_rotation)
-    if spec is None:
-        return Operand(z.astype(call.x_dtype), None), None
     values, mask = quantize_and_mask(
         z, spec, call.recipe.estimator, call.recipe.clip_scale, key=_key_for(spec, key)
     )
     if dispatch.has_float8_codes(spec):
-        return _float8_operand(z, spec, key), mask
-    return Operand(values.astype(call.x_dtype), None), mask
+        q = _float8_operand(quantize(z, spec, key=_key_for(spec, key)))
+    else:
+        q = Operand(values.astype(call.x_dtype), None)
+    saved = _unquantized(original, call, key_rotation) if keeps_original else q
+    return q, _Residual(saved, mask)
+
+
+def _unquantized(z, call: _Call, key_rotation) -> Operand:
+    """`z R` as rows; `z` as it is where there is no rotation.
+
+    An untouched argument is neither cast nor reshaped: kept for the backward pass as it is, it is
+    shared by all products that take it, and `w` by the parameters.
+    """
+    rotation = call.recipe.rotation_of("y")
+    if rotation is None:
+        return Operand(z, None)
+    z = rotation.apply(z.reshape(-1, z.shape[-1]), key=key_rotation)
+    return Operand(z.astype(call.x_dtype), None)
+
+
+def _operand(saved: Operand | QTensor, call: _Call) -> Operand:
+    """A quantized weight as the operand that the in-layer quantizer would have left."""
+    if isinstance(saved, Operand):
+        return saved
+    if dispatch.has_float8_codes(saved.spec):
+        return _float8_operand(saved)
+    return Operand(dequantize(saved, call.x_dtype), None)
 
 
 def _backward_product(
-    product: dispatch.Product,
+    product: Product,
     g: Float[Array, "p c"],
     g_spec: QuantSpec | None,
     saved: Operand,
-    saved_spec: QuantSpec | None,
-    new_spec: QuantSpec | None,
+    spec: QuantSpec | None,
     key,
     call: _Call,
     out_dtype,
 ) -> Float[Array, "p q"]:
-    """`Q(g R') Q(saved R')^T` with R' the backward rotation along the contraction axis.
+    """`Q(g R') Q(saved R')^T` with R' the rotation of the product along its contraction axis.
 
-    `saved_spec` is the format in which the forward pass left `saved`, `new_spec` that to which it
-    is quantized again; None keeps it as it is.
+    `spec` is the format to which `saved` is quantized; None keeps it as it is.
     """
-    is_quantized = g_spec is not None or new_spec is not None
-    rotation = call.recipe.backward_rotation if is_quantized else None
-    _check_contraction(product, g.shape[-1], (g_spec, new_spec), rotation)
+    rotation = call.recipe.rotation_of(product)
+    _check_contraction(product, g.shape[-1], call.recipe)
     key_r, key_g, key_saved = _split(key)
 
     def operand(z, spec, key):
         if rotation is not None:
             z = rotation.apply(z, key=key_r)
         if dispatch.has_float8_codes(spec):
-            return _float8_operand(z, spec, key)
+            return _float8_operand(quantize(z, spec, key=_key_for(spec, key)))
         if spec is not None:
             z, _ = quantize_values(z, spec, key=_key_for(spec, key))
         return Operand(z.astype(call.x_dtype), None)
 
     g_q = operand(g, g_spec, key_g)
-    if rotation is not None or new_spec is not None:
-        saved = operand(_dense(saved), new_spec, key_saved)
-        saved_spec = new_spec
-    return _product(product, g_q, saved, g_spec, saved_spec, call, out_dtype)
+    if rotation is not None or spec is not None:
+        saved = operand(_dense(saved), spec, key_saved)
+    return _product(product, g_q, saved, call, out_dtype)
 
 
-def _product(product, a: Operand, b: Operand, a_spec, b_spec, call: _Call, out_dtype):
-    plan = dispatch.choose(product, a_spec, b_spec, call.implementation, dispatch.cuda_capability())
-    return dispatch.run(product, plan, a, b, (a_spec, b_spec), call.x_dtype, out_dtype)
+def _product(product: Product, a: Operand, b: Operand, call: _Call, out_dtype):
+    specs = call.recipe.formats_of(product)
+    plan = dispatch.choose(product, *specs, call.implementation, dispatch.cuda_capability())
+    return dispatch.run(product, plan, a, b, specs, call.x_dtype, out_dtype)
 
 
-def _float8_operand(z, spec: QuantSpec, key) -> Operand:
-    q = quantize(z, spec, key=_key_for(spec, key))
+def _float8_operand(q: QTensor) -> Operand:
     return Operand(q.codes, q.scales.reshape(()))
 
 
@@ -265,7 +312,7 @@ def _to_original_basis(z, mask, call: _Call, key):
     """`(z * mask) R^T`."""
     if mask is not None:
         z = jnp.where(mask, z, 0)
-    rotation = call.recipe.forward_rotation
+    rotation = call.recipe.rotation_of("y")
     return z if rotation is None else rotation.inverse(z, key=key)
 
 
@@ -275,7 +322,11 @@ def _split(key):
 
 
 def _key_for(spec: QuantSpec, key):
-    return key if spec.rounding == "stochastic" else None
+    return key if spec.needs_key else None
+
+
+def _master(w) -> Array:
+    return w.master if isinstance(w, QuantizedWeight) else w
 
 
 def _check_call(x, w, recipe: DotRecipe, key, implementation) -> None:
@@ -285,6 +336,9 @@ def _check_call(x, w, recipe: DotRecipe, key, implementation) -> None:
             f"quantized_dot: x must be one of {', '.join(_COMPUTE_DTYPES)}, the dtype to compute"
             f" in, got {x.dtype}; cast it first."
         )
+    if isinstance(w, QuantizedWeight):
+        _check_quantized(w, recipe)
+        w = w.master
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(
             f"quantized_dot: w must be floating point, got {w.dtype}; pass the weights, not codes."
@@ -299,13 +353,39 @@ def _check_call(x, w, recipe: DotRecipe, key, implementation) -> None:
             f"quantized_dot: the recipe {recipe} is random (stochastic rounding or random signs),"
             " got key=None; pass key=jax.random.fold_in(key, step), another for each layer."
         )
-    _check_contraction("y", w.shape[1], (recipe.y_x, recipe.y_w), recipe.forward_rotation)
+    _check_contraction("y", w.shape[1], recipe)
 
 
-def _check_contraction(product, size: int, specs, rotation: Rotation | None) -> None:
+def _check_quantized(w: QuantizedWeight, recipe: DotRecipe) -> None:
+    """The weights were quantized as the recipe would, and belong to their master."""
+    if w.quantized.spec != recipe.y_w:
+        raise ValueError(
+            f"quantized_dot: the weights must be quantized to {recipe.y_w}, the format of the"
+            f" recipe {recipe}, got {w.quantized.spec}; make them with quantize_weight(w, recipe)."
+        )
+    rotation = recipe.rotation_of("y")
+    if rotation is not None and rotation.needs_key:
+        raise NotImplementedError(
+            f"quantized_dot: weights cannot be quantized in advance for {recipe}, whose {rotation}"
+            " is drawn for each product; pass the float weights."
+        )
+    if w.quantized.shape != w.master.shape:
+        raise ValueError(
+            "quantized_dot: a QuantizedWeight holds one matrix twice, got"
+            f" {w.master.shape} and, quantized, {w.quantized.shape}; cut both alike."
+        )
+
+
+def _check_contraction(product: Product, size: int, recipe: DotRecipe) -> None:
     """Blocks of formats and rotation must divide the contraction axis of the product."""
     axis = {"y": "k, the last axis of x and w", "dx": "n, the rows of w", "dw": "all tokens of x"}
-    blocks = {str(spec): spec.block_size for spec in specs if spec is not None}
+    new = {
+        "y": (recipe.y_x, recipe.y_w),
+        "dx": (recipe.dx_g, recipe.dx_w),
+        "dw": (recipe.dw_g, recipe.dw_x),
+    }
+    rotation = recipe.rotation_of(product)
+    blocks = {str(spec): spec.block_size for spec in new[product] if spec is not None}
     blocks[str(rotation)] = getattr(rotation, "block_size", None)
     for what, block_size in blocks.items():
         if isinstance(block_size, int) and size % block_size:

@@ -1,162 +1,68 @@
-"""What each product of a linear layer is computed in: methods as named values."""
+"""Methods as named values: recipes for the products of linear layers, and how to find one."""
 
 import dataclasses
 
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
-
-from lowbit_jax.numerics import Estimator, QuantSpec, midrise, presets
+from lowbit_jax.numerics import QuantSpec, integer, midrise, presets
+from lowbit_jax.ops.dot_recipe import DotRecipe, join_name, split_name
 from lowbit_jax.rotations import Hadamard, Rotation
 from lowbit_jax.sparsity import Projection, identity, onto_grid
 
+BF16 = DotRecipe(name="bf16")
 
-@dataclasses.dataclass(frozen=True)
-class DotRecipe:
-    """How `y = x w^T` and its gradients `dx = g w`, `dw = g^T x` are quantized.
 
-    Hashable plain data: a static argument. A field named `<product>_<operand>` is the format of
-    one operand of one product; None leaves it in the compute dtype. Blocks and rotations run along
-    the contraction axis of their product: `k` for y, `n` for dx, tokens for dw.
+def _fp8_tensorwise(gradients: QuantSpec, name: str) -> DotRecipe:
+    """One scale a tensor in all three products.
 
-    Attributes:
-      y_x: Format of `x` in the forward product.
-      y_w: Format of `w` in the forward product.
-      dx_g: Format of `g` in `dx`.
-      dx_w: Format to which `dx` quantizes, again and along `n`, the weights that the forward
-        product used; None uses those as they are.
-      dw_x: The same for `x` in `dw`, along the tokens.
-      dw_g: Format of `g` in `dw`.
-      rotation: Basis of the forward product; both operands are rotated, whether quantized or
-        not, so that the rotations cancel. Gradients are masked in this basis, then rotated back.
-      backward_rotation: Basis of the two backward products, along their contraction axes.
-      estimator: Which entries of `x` and `w` receive a gradient, see `fake_quantize`.
-      clip_scale: Threshold of the estimator "clipped", in units of the outermost level.
-      name: What it is called in tables. Recipes of other names and equal fields are equal.
-
-    A rotation of a product neither of whose operands is quantized would cancel to rounding
-    errors, and is left out.
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433: e4m3 where the values
+      matter, e5m2 for the range of gradients.
     """
-
-    y_x: QuantSpec | None = None
-    y_w: QuantSpec | None = None
-    dx_g: QuantSpec | None = None
-    dx_w: QuantSpec | None = None
-    dw_x: QuantSpec | None = None
-    dw_g: QuantSpec | None = None
-    rotation: Rotation | None = None
-    backward_rotation: Rotation | None = None
-    estimator: Estimator = "straight_through"
-    clip_scale: float = 1.0
-    name: str = dataclasses.field(default="", compare=False)
-
-    def __post_init__(self):
-        if not self.clip_scale > 0:
-            raise ValueError(f"DotRecipe: clip_scale must be positive, got {self.clip_scale}.")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing is quantized: the plain product with its exact gradients."""
-        return not any(spec is not None for spec in self._specs())
-
-    @property
-    def needs_key(self) -> bool:
-        """Whether anything is random: stochastic rounding, or random signs of a rotation in use."""
-        is_backward_quantized = any(spec is not None for spec in self._specs()[2:])
-        rotations = (
-            self.forward_rotation,
-            self.backward_rotation if is_backward_quantized else None,
-        )
-        return any(r is not None and r.needs_key for r in rotations) or any(
-            spec is not None and spec.rounding == "stochastic" for spec in self._specs()
-        )
-
-    @property
-    def forward_rotation(self) -> Rotation | None:
-        """`rotation` if the forward product quantizes an operand; else None, for it cancels."""
-        return None if self.y_x is None and self.y_w is None else self.rotation
-
-    def _specs(self) -> tuple[QuantSpec | None, ...]:
-        return (self.y_x, self.y_w, self.dx_g, self.dx_w, self.dw_x, self.dw_g)
-
-    def dot_general(
-        self,
-        lhs: Shaped[Array, "..."],
-        rhs: Shaped[Array, "..."],
-        dimension_numbers: tuple,
-        precision=None,
-        preferred_element_type=None,
-        *,
-        out_sharding=None,
-        key: PRNGKeyArray | None = None,
-        implementation: str | None = None,
-    ) -> Float[Array, "..."]:
-        """`jax.lax.dot_general` with `lhs` for x and `rhs` for w, for products without batch axes.
-
-        A drop-in for `flax.linen.Dense(dot_general=recipe.dot_general)` and
-        `flax.nnx.Linear(dot_general=recipe.dot_general)`. Those cast the kernel to their `dtype`
-        before they call it, so that a bfloat16 layer quantizes bfloat16 weights here, whereas
-        `quantized_dot` takes the float32 master weights.
-
-        Args:
-          lhs: `(*batch, k)`, or any axes; the contracted ones are moved to the end.
-          rhs: `(k, n)`, or any axes, likewise.
-          dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
-          precision: None; the products follow `jax.default_matmul_precision`.
-          preferred_element_type: Dtype of the result; None: that of `lhs`.
-          out_sharding: None.
-          key: Randomness, if the recipe needs any. Layers hand over none: give them
-            `functools.partial(recipe.dot_general, key=key)`, with a key that is new every step.
-          implementation: See `quantized_dot`.
-
-        Returns:
-          The free axes of `lhs`, then those of `rhs`.
-
-        Raises:
-          ValueError: As `quantized_dot`.
-          NotImplementedError: With batch axes, a precision or an output sharding.
-        """
-        # The one import against the file order: quantized_dot is a function of a recipe.
-        from lowbit_jax.ops.quantized_dot import quantized_dot_general
-
-        return quantized_dot_general(
-            lhs,
-            rhs,
-            dimension_numbers,
-            self,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
-            key=key,
-            implementation=implementation,
-        )
-
-    def __str__(self) -> str:
-        if self.name:
-            return self.name
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        parts = [f"{k}={v}" for k, v in given.items() if v is not None and k[-2:] in _OPERANDS]
-        parts += [str(r) for r in (self.rotation, self.backward_rotation) if r is not None]
-        return f"DotRecipe({', '.join(parts)})"
+    forward = presets.FP8_E4M3_TENSOR
+    return DotRecipe(y_x=forward, y_w=forward, dx_g=gradients, dw_g=gradients, name=name)
 
 
-_OPERANDS = ("_x", "_w", "_g")
+FP8_TENSORWISE = _fp8_tensorwise(presets.FP8_E5M2_TENSOR, "fp8_tensorwise")
+FP8_TENSORWISE_E4M3 = _fp8_tensorwise(presets.FP8_E4M3_TENSOR, "fp8_tensorwise_e4m3")
+
+# All operands of all products in MXFP8, each quantized along its own contraction axis from the
+# original, gradients in e4m3 too: Mishra et al., Recipes for Pre-training LLMs with MXFP8,
+# arXiv:2506.08027.
+MXFP8 = DotRecipe(
+    **dict.fromkeys(("y_x", "y_w", "dx_g", "dx_w", "dw_x", "dw_g"), presets.MXFP8_CEIL),
+    requantize=False,
+    name="mxfp8",
+)
 
 
-def _quest(bits: int, weight_only: bool = False) -> DotRecipe:
+def _quest(bits: int, weight_only: bool = False, hadamard: bool = True) -> DotRecipe:
     """QuEST: Hadamard 128, Gaussian-optimal grid, gradients only where the grid reaches.
 
     References:
       Panferov et al., QuEST, arXiv:2502.05003. At one bit, as in its runs, the mask is the clip
-      mask at 1.30 times the outermost level.
+      mask at 1.30 times the outermost level, 1.25 times without the Hadamard transform.
     """
     spec = presets.PRESETS[f"QUEST_INT{bits}"]
+    one_bit_clip = 1.30 if hadamard else 1.25
     return DotRecipe(
         y_x=None if weight_only else spec,
         y_w=spec,
-        rotation=Hadamard(128),
+        rotation=Hadamard(128) if hadamard else None,
         estimator="clipped" if bits == 1 else "trust",
-        clip_scale=1.30 if bits == 1 else 1.0,
-        name=f"quest_w{bits}a{16 if weight_only else bits}",
+        clip_scale=one_bit_clip if bits == 1 else 1.0,
+        name=f"quest_w{bits}a{16 if weight_only else bits}{'' if hadamard else '_no_hadamard'}",
     )
+
+
+QUEST_W8A8, QUEST_W4A4, QUEST_W3A3, QUEST_W2A2, QUEST_W1A1 = (_quest(b) for b in (8, 4, 3, 2, 1))
+QUEST_W4A16, QUEST_W3A16, QUEST_W2A16, QUEST_W1A16 = (
+    _quest(b, weight_only=True) for b in (4, 3, 2, 1)
+)
+(
+    QUEST_W4A4_NO_HADAMARD,
+    QUEST_W3A3_NO_HADAMARD,
+    QUEST_W2A2_NO_HADAMARD,
+    QUEST_W1A1_NO_HADAMARD,
+) = (_quest(b, hadamard=False) for b in (4, 3, 2, 1))
 
 
 def _rtn(bits: int) -> DotRecipe:
@@ -165,72 +71,152 @@ def _rtn(bits: int) -> DotRecipe:
     return DotRecipe(y_x=spec, y_w=spec, name=f"rtn_w{bits}a{bits}")
 
 
-BF16 = DotRecipe(name="bf16")
+RTN_W8A8, RTN_W4A4, RTN_W3A3, RTN_W2A2, RTN_W1A1 = (_rtn(b) for b in (8, 4, 3, 2, 1))
 
-# One scale a tensor in all three products: e4m3 where the values matter, e5m2 where the range does.
-# Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433.
-FP8_TENSORWISE = DotRecipe(
-    y_x=presets.FP8_E4M3_TENSOR,
-    y_w=presets.FP8_E4M3_TENSOR,
-    dx_g=presets.FP8_E5M2_TENSOR,
-    dw_g=presets.FP8_E5M2_TENSOR,
-    name="fp8_tensorwise",
+
+def _weight_only(spec: QuantSpec, name: str) -> DotRecipe:
+    """Weights alone, straight through: what ECO's weights on a grid are compared with."""
+    return DotRecipe(y_w=spec, name=name)
+
+
+def _stochastic(spec: QuantSpec) -> QuantSpec:
+    return dataclasses.replace(spec, rounding="stochastic")
+
+
+_INT4_WEIGHTS = QuantSpec(integer(4), 32)
+FP8_WEIGHTS = _weight_only(presets.FP8_E4M3, "fp8_weights")
+FP8_WEIGHTS_SR = _weight_only(_stochastic(presets.FP8_E4M3), "fp8_weights_sr")
+INT4_WEIGHTS = _weight_only(_INT4_WEIGHTS, "int4_weights")
+INT4_WEIGHTS_SR = _weight_only(_stochastic(_INT4_WEIGHTS), "int4_weights_sr")
+
+
+def _backward(spec: QuantSpec, rotation: Rotation) -> dict:
+    """Both backward products, and all four of their operands, in one format under one rotation."""
+    return {
+        **dict.fromkeys(("dx_g", "dx_w", "dw_x", "dw_g"), spec),
+        "backward_rotation": rotation,
+    }
+
+
+def _quartet(forward: QuantSpec, backward: QuantSpec | None, name: str) -> DotRecipe:
+    """Quartet: MXFP4 in all products; least error forward, least bias backward.
+
+    Forward, a scale fitted to Hadamard data and gradients where `|x / s| <= 6` (`< 6` in the
+    authors' code: an entry on the outermost level counts as inside here). Backward, abs-max scales
+    that never clip, and the quantized operands of the forward pass once more under random signs,
+    which multiply the input coordinates; the paper's first code had them on the side of the
+    output, where they change nothing. The signs are fresh for each product.
+
+    References:
+      Castro et al., Quartet: Native FP4 Training Can Be Optimal for Large Language Models,
+      arXiv:2505.14669.
+    """
+    return DotRecipe(
+        y_x=forward,
+        y_w=forward,
+        rotation=Hadamard(32),
+        estimator="clipped",
+        **({} if backward is None else _backward(backward, Hadamard(32, randomized=True))),
+        name=name,
+    )
+
+
+# The scale of QUEST_MXFP4 is the nearest power of two to the Gaussian optimum; "floor" is the
+# authors' code, which rounds it down. "rtn" rounds to nearest backward, "aligned" does so with
+# factor 1.009, which takes the mean shrinkage back.
+MXFP4_FORWARD = _quartet(presets.QUEST_MXFP4, None, "mxfp4_forward")
+QUARTET = _quartet(presets.QUEST_MXFP4, presets.MXFP4_FITTED_STOCHASTIC, "quartet")
+QUARTET_RTN = _quartet(presets.QUEST_MXFP4, presets.MXFP4_FITTED, "quartet_rtn")
+QUARTET_ALIGNED = _quartet(presets.QUEST_MXFP4, presets.MXFP4_FITTED_ALIGNED, "quartet_aligned")
+QUARTET_FLOOR = _quartet(
+    presets.QUEST_MXFP4_FLOOR, presets.MXFP4_FITTED_STOCHASTIC, "quartet_floor"
 )
+QUARTET_FLOOR_RTN = _quartet(presets.QUEST_MXFP4_FLOOR, presets.MXFP4_FITTED, "quartet_floor_rtn")
 
-QUEST_W8A8, QUEST_W4A4, QUEST_W3A3, QUEST_W2A2, QUEST_W1A1 = (_quest(b) for b in (8, 4, 3, 2, 1))
-QUEST_W4A16, QUEST_W3A16, QUEST_W2A16, QUEST_W1A16 = (
-    _quest(b, weight_only=True) for b in (4, 3, 2, 1)
-)
-RTN_W8A8, RTN_W4A4, RTN_W3A3, RTN_W2A2 = (_rtn(b) for b in (8, 4, 3, 2))
 
-# Quartet's forward pass with an exact backward: Castro et al., arXiv:2505.14669. The scale is the
-# nearest power of two to the Gaussian optimum, where the authors' code rounds it down.
-MXFP4_FORWARD = DotRecipe(
-    y_x=presets.QUEST_MXFP4,
-    y_w=presets.QUEST_MXFP4,
-    rotation=Hadamard(32),
-    estimator="clipped",
-    name="mxfp4_forward",
-)
+def _quartet2(forward: QuantSpec, backward: QuantSpec, name: str) -> DotRecipe:
+    """Quartet II: NVFP4 in all products, unbiased backward by random rotation and random scales.
 
-# No rotation: with blocks of 16 it raises the error of rounding to nearest (Egiazarian et al.,
-# arXiv:2509.23202). The scale reaches the abs-max, so that no mask is due.
+    No rotation forward: with blocks of 16 it raises the error of rounding to nearest (Egiazarian
+    et al., arXiv:2509.23202). The scale reaches the abs-max, so that no mask is due. Backward, the
+    quantized operands of the forward pass once more, rotated in blocks of 128.
+
+    References:
+      Panferov et al., Quartet II: Accurate LLM Pre-Training in NVFP4 by Improved Unbiased Gradient
+      Estimation, arXiv:2601.22813.
+    """
+    return DotRecipe(
+        y_x=forward,
+        y_w=forward,
+        **_backward(backward, Hadamard(128, randomized=True)),
+        name=name,
+    )
+
+
+# "no46" leaves out the choice of four over six forward. "sr" rounds the elements stochastically,
+# under the same rotation, "eden128" takes one correction factor for 128 elements instead of 16.
+_FOUR_OVER_SIX = presets.NVFP4_FOUR_OVER_SIX
 NVFP4_FORWARD = DotRecipe(y_x=presets.NVFP4, y_w=presets.NVFP4, name="nvfp4_forward")
+QUARTET2 = _quartet2(_FOUR_OVER_SIX, presets.NVFP4_EDEN, "quartet2")
+QUARTET2_NO46 = _quartet2(presets.NVFP4, presets.NVFP4_EDEN, "quartet2_no46")
+QUARTET2_SR = _quartet2(_FOUR_OVER_SIX, presets.NVFP4_STOCHASTIC, "quartet2_sr")
+QUARTET2_SR_NO46 = _quartet2(presets.NVFP4, presets.NVFP4_STOCHASTIC, "quartet2_sr_no46")
+QUARTET2_EDEN128 = _quartet2(_FOUR_OVER_SIX, presets.NVFP4_EDEN_128, "quartet2_eden128")
+
+
+def _nvfp4_nvidia(activations: QuantSpec, weights: QuantSpec, name: str) -> DotRecipe:
+    """NVIDIA's NVFP4: weights in blocks of 16x16, the same forward and for `dx`.
+
+    Gradients are rounded stochastically in both backward products. Only `dw` is rotated, in
+    blocks of 16, and quantizes the original activations, to nearest. The signs are fresh for each
+    step; the paper draws them once. Its layers kept in bfloat16 are a matter of rules, see
+    `models.resolve_recipes`.
+
+    References:
+      NVIDIA, Pretraining Large Language Models with NVFP4, arXiv:2509.25149.
+    """
+    return DotRecipe(
+        y_x=activations,
+        y_w=weights,
+        dx_g=presets.NVFP4_STOCHASTIC,
+        dw_x=activations,
+        dw_g=presets.NVFP4_STOCHASTIC,
+        backward_rotation=Hadamard(16, randomized=True),
+        requantize=False,
+        rotates_dx=False,
+        name=name,
+    )
+
+
+NVFP4_NVIDIA = _nvfp4_nvidia(presets.NVFP4, presets.NVFP4_16X16, "nvfp4_nvidia")
+NVFP4_NVIDIA_46 = _nvfp4_nvidia(
+    _FOUR_OVER_SIX, presets.NVFP4_16X16_FOUR_OVER_SIX, "nvfp4_nvidia_46"
+)
 
 RECIPES: dict[str, DotRecipe] = {
-    recipe.name: recipe
-    for recipe in (
-        BF16,
-        FP8_TENSORWISE,
-        QUEST_W8A8,
-        QUEST_W4A4,
-        QUEST_W3A3,
-        QUEST_W2A2,
-        QUEST_W1A1,
-        QUEST_W4A16,
-        QUEST_W3A16,
-        QUEST_W2A16,
-        QUEST_W1A16,
-        RTN_W8A8,
-        RTN_W4A4,
-        RTN_W3A3,
-        RTN_W2A2,
-        MXFP4_FORWARD,
-        NVFP4_FORWARD,
-    )
+    value.name: value for value in list(globals().values()) if isinstance(value, DotRecipe)
 }
 
 
 def get_recipe(name: str) -> DotRecipe:
-    """The recipe of that name in `RECIPES`, whatever the case of its letters.
+    """The recipe of that name in `RECIPES`, whatever the case; or one composed by product.
+
+    After a colon, products that are computed as in other recipes: "quartet:y=bf16" quantizes only
+    the backward products of Quartet, "quartet:dx=bf16,dw=bf16" only the forward one; see
+    `DotRecipe.with_products`. The text is the name of the result.
 
     Raises:
-      ValueError: If there is none; the message lists all.
+      ValueError: If there is no such recipe, and the message lists all; if the text after the
+        colon cannot be read; or for what `with_products` refuses.
     """
-    recipe = RECIPES.get(name.lower())
-    if recipe is None:
-        raise ValueError(f"get_recipe: no recipe {name!r}; there are {', '.join(RECIPES)}.")
-    return recipe
+    base, products = split_name(name.lower())
+    for part in (base, *products.values()):
+        if part not in RECIPES:
+            raise ValueError(f"get_recipe: no recipe {part!r}; there are {', '.join(RECIPES)}.")
+    if not products:
+        return RECIPES[base]
+    composed = RECIPES[base].with_products(**{k: RECIPES[v] for k, v in products.items()})
+    return dataclasses.replace(composed, name=join_name(base, products))
 
 
 def weight_projection(recipe: DotRecipe) -> Projection:

@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from lowbit_jax.models import QuantizedLinear, resolve_recipes
-from lowbit_jax.ops import get_recipe, quantized_dot
+from lowbit_jax.ops import QuantizedWeight, get_recipe, quantize_weight, quantized_dot
 
 W4, W8, BF16 = get_recipe("quest_w4a4"), get_recipe("quest_w8a8"), get_recipe("bf16")
 PATHS = ("layers/attention/q_proj/weight", "layers/mlp/up_proj/weight")
@@ -40,3 +40,16 @@ def test_multiplies_by_its_recipe():
     # Exact: the same function.
     expected = jax.jit(quantized_dot, static_argnums=2)(x, weight, W4)
     np.testing.assert_array_equal(actual, expected)
+
+
+def test_takes_weights_quantized_in_advance():
+    layer = QuantizedLinear(8, W4, ("mlp", "embed"))
+    x, w = jax.random.normal(jax.random.key(0), (3, 128)), jnp.cos(jnp.arange(8 * 128) ** 2.0)
+    w = w.reshape(8, 128)
+    weight = QuantizedWeight(w, jax.jit(quantize_weight, static_argnums=1)(w, W4))
+    apply = jax.jit(lambda weight: layer.apply({"params": {"weight": weight}}, x))
+    # Exact: the same operands in the same product.
+    np.testing.assert_array_equal(apply(weight), apply(w))
+    transposed = QuantizedWeight(w.T, weight.quantized)
+    with pytest.raises(ValueError, match=r"weight must be \(8, 128\), got .* of \(128, 8\)"):
+        apply(transposed)

@@ -30,7 +30,7 @@ RANDOM = DotRecipe(y_x=dataclasses.replace(MXFP4, rounding="stochastic"))
     ("method", "w_bits", "a_bits"),
     [("quest", b, b) for b in (8, 4, 3, 2, 1)]
     + [("quest", b, 16) for b in (4, 3, 2, 1)]
-    + [("rtn", b, b) for b in (8, 4, 3, 2)],
+    + [("rtn", b, b) for b in (8, 4, 3, 2, 1)],
 )
 def test_names_give_bits(method, w_bits, a_bits):
     name = f"{method}_w{w_bits}a{a_bits}"
@@ -44,16 +44,119 @@ def test_names_give_bits(method, w_bits, a_bits):
     assert recipe.rotation == (Hadamard(128) if method == "quest" else None)
     masks = {"rtn": "straight_through", "quest": "clipped" if w_bits == 1 else "trust"}
     assert recipe.estimator == masks[method]
-    assert recipe.clip_scale == (1.30 if w_bits == 1 else 1.0)
+    assert recipe.clip_scale == (1.30 if name.startswith("quest_w1") else 1.0)
     assert [recipe.dx_g, recipe.dx_w, recipe.dw_x, recipe.dw_g] == [None] * 4
 
 
+@pytest.mark.parametrize("bits", [4, 3, 2, 1])
+def test_quest_without_hadamard_differs_by_the_rotation_and_the_clip_of_one_bit(bits):
+    with_hadamard = get_recipe(f"quest_w{bits}a{bits}")
+    clip_scale = 1.25 if bits == 1 else 1.0
+    expected = dataclasses.replace(with_hadamard, rotation=None, clip_scale=clip_scale)
+    assert get_recipe(f"quest_w{bits}a{bits}_no_hadamard") == expected
+
+
+RANDOM_RECIPES = {
+    *("quartet", "quartet_rtn", "quartet_aligned", "quartet_floor", "quartet_floor_rtn"),
+    *("quartet2", "quartet2_no46", "quartet2_sr", "quartet2_sr_no46", "quartet2_eden128"),
+    *("nvfp4_nvidia", "nvfp4_nvidia_46", "fp8_weights_sr", "int4_weights_sr"),
+}
+
+
 def test_table_is_complete():
-    assert len(RECIPES) == 17
+    assert len(RECIPES) == 40
+    assert len(set(RECIPES.values())) == 40  # no two names for one recipe
     for name, recipe in RECIPES.items():
         assert get_recipe(name.upper()) is recipe
-        assert not recipe.needs_key
+        assert recipe is getattr(recipes, name.upper())
+        assert recipe.needs_key == (name in RANDOM_RECIPES)
         assert recipe.is_identity == (name == "bf16")
+
+
+def formats(recipe):
+    return [tuple(str(spec) for spec in recipe.formats_of(p)) for p in ("y", "dx", "dw")]
+
+
+def test_formats_of_the_published_recipes():
+    fitted, quest = "e2m1/32 absmax_floor43", "e2m1/32 rms_nearest"
+    nvfp4, four_over_six = "e2m1/16 absmax_e4m3", "e2m1/16 absmax_e4m3_four_over_six"
+    stochastic, eden = f"{nvfp4} stochastic margin 1.0625", f"{nvfp4} eden margin 0.988125"
+    expected = {
+        "quartet": [(quest,) * 2] + [(f"{fitted} stochastic",) * 2] * 2,
+        "quartet_rtn": [(quest,) * 2] + [(fitted,) * 2] * 2,
+        "quartet_aligned": [(quest,) * 2] + [(f"{fitted} gain 1.00928",) * 2] * 2,
+        "quartet_floor": [("e2m1/32 std_floor",) * 2] + [(f"{fitted} stochastic",) * 2] * 2,
+        "quartet2": [(four_over_six,) * 2] + [(eden,) * 2] * 2,
+        "quartet2_no46": [(nvfp4,) * 2] + [(eden,) * 2] * 2,
+        "quartet2_sr": [(four_over_six,) * 2] + [(stochastic,) * 2] * 2,
+        # The second operand of dx is what the forward product multiplied by.
+        "nvfp4_nvidia": [
+            (nvfp4, "e2m1/16x16 absmax_e4m3"),
+            (stochastic, "e2m1/16x16 absmax_e4m3"),
+            (stochastic, nvfp4),
+        ],
+        "mxfp8": [("e4m3/32 absmax_ceil",) * 2] * 3,
+        "fp8_weights": [("None", "e4m3/row absmax"), ("None", "e4m3/row absmax"), ("None", "None")],
+        "int4_weights": [("None", "int4/32 absmax"), ("None", "int4/32 absmax"), ("None", "None")],
+        "mxfp4_forward": [(quest,) * 2, ("None", quest), ("None", quest)],
+    }
+    assert {name: formats(get_recipe(name)) for name in expected} == expected
+
+
+def test_rotations_of_the_published_recipes():
+    def of(name):
+        return [str(get_recipe(name).rotation_of(p)) for p in ("y", "dx", "dw")]
+
+    assert of("quartet") == ["Hadamard 32"] + ["randomized Hadamard 32"] * 2
+    assert of("quartet2") == ["None"] + ["randomized Hadamard 128"] * 2
+    assert of("nvfp4_nvidia") == ["None", "None", "randomized Hadamard 16"]
+    assert of("mxfp4_forward") == ["Hadamard 32", "None", "None"]
+    assert of("mxfp8") == ["None"] * 3
+    estimators = {name: RECIPES[name].estimator for name in ("quartet", "quartet2", "nvfp4_nvidia")}
+    assert list(estimators.values()) == ["clipped", "straight_through", "straight_through"]
+    assert not RECIPES["nvfp4_nvidia"].requantize
+    assert not RECIPES["mxfp8"].requantize
+
+
+def test_a_text_composes_products():
+    assert get_recipe("quartet:dx=bf16,dw=bf16") == recipes.MXFP4_FORWARD
+    assert get_recipe("quartet2_no46:dx=bf16,dw=bf16") == recipes.NVFP4_FORWARD
+    backward = get_recipe("QUARTET: y = bf16")
+    assert str(backward) == "quartet:y=bf16"
+    assert formats(backward) == [("None", "None"), *formats(recipes.QUARTET)[1:]]
+    assert backward.rotation_of("y") is None
+    assert backward.estimator == "straight_through"
+    # Each product from elsewhere is the elsewhere.
+    assert get_recipe("bf16:dw=quartet2,y=quartet2,dx=quartet2") == recipes.QUARTET2
+    mixed = get_recipe("quest_w4a4:dx=fp8_tensorwise,dw=fp8_tensorwise")
+    gradients, quest = str(recipes.FP8_TENSORWISE.dx_g), str(recipes.QUEST_W4A4.y_w)
+    assert formats(mixed) == [(quest, quest), (gradients, quest), (gradients, quest)]
+    # Composed in steps, in any order, with the products last given.
+    steps = recipes.QUARTET.with_products(dw=recipes.QUARTET_RTN).with_products(
+        y=recipes.BF16, dw=recipes.BF16
+    )
+    assert str(steps) == "quartet:y=bf16,dw=bf16"
+    assert steps == get_recipe(str(steps))
+    unnamed = dataclasses.replace(recipes.QUARTET, name="")
+    assert unnamed.with_products(y=recipes.BF16).name == ""
+
+
+def test_products_of_conflicting_recipes_are_refused():
+    with pytest.raises(ValueError, match=r"one rotation.*Hadamard 32.*Hadamard 128"):
+        get_recipe("quartet:dw=quartet2")
+    with pytest.raises(ValueError, match=r"one rotation.*Hadamard 32.*and None"):
+        get_recipe("quartet:dw=fp8_tensorwise")
+    assert not get_recipe("quartet:dx=fp8_tensorwise").rotates_dx  # dw alone can be rotated
+    with pytest.raises(ValueError, match=r"requantize=True of .* and False of mxfp8"):
+        recipes.DotRecipe(dx_w=MXFP4).with_products(dw=recipes.MXFP8)
+
+
+@pytest.mark.parametrize(
+    "text", ["quartet:", "quartet:z=bf16", "quartet:dx", "quartet:dx=bf16,dx=bf16"]
+)
+def test_texts_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ValueError, match="after the colon of a name come products"):
+        get_recipe(text)
 
 
 def test_float8_is_e4m3_forward_and_e5m2_for_gradients():
@@ -66,6 +169,8 @@ def test_float8_is_e4m3_forward_and_e5m2_for_gradients():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no recipe 'quest_w5a5'; there are bf16, fp8_tensorwise"):
         get_recipe("quest_w5a5")
+    with pytest.raises(ValueError, match="no recipe 'fp7'; there are"):
+        get_recipe("quartet:dx=fp7")
     with pytest.raises(ValueError, match="clip_scale must be positive"):
         DotRecipe(clip_scale=0.0)
 
