@@ -6,12 +6,17 @@ from collections.abc import Callable
 import jax
 from jaxtyping import PyTree
 
+from lowbit_jax.numerics.qtensor import QTensor
+
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
 
 def match_paths(*patterns: str) -> Callable[[PyTree], PyTree]:
     """`mask(params)`: True on each leaf whose path one of `patterns` matches in full.
 
     A path is the leaf's keys joined by `/`: dictionary keys, positions in lists and tuples, field
-    names of named tuples and dataclasses, as in `"layers/0/attention/q_proj/weight"`.
+    names of named tuples and dataclasses, as in `"layers/0/attention/q_proj/weight"`. A `QTensor`
+    is one leaf, so that a mask chooses the same weights whether they are quantized or not.
 
     Args:
       *patterns: Regular expressions in the syntax of `re`, each to match a whole path.
@@ -29,7 +34,9 @@ def match_paths(*patterns: str) -> Callable[[PyTree], PyTree]:
     compiled = [re.compile(pattern) for pattern in patterns]
 
     def mask_fn(params: PyTree) -> PyTree:
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            params, is_leaf=lambda p: isinstance(p, QTensor)
+        )
         paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
         for regex in compiled:
             if not any(map(regex.fullmatch, paths)):
@@ -42,3 +49,24 @@ def match_paths(*patterns: str) -> Callable[[PyTree], PyTree]:
         )
 
     return mask_fn
+
+
+def resolve_mask(mask: Mask, tree: PyTree) -> PyTree:
+    """The bool of each leaf of `tree` under `mask`.
+
+    Args:
+      mask: As `optax.masked` takes it: a tree of bools, of which `tree` may be a refinement, or a
+        function from `tree` to one. None: True everywhere.
+      tree: Parameters, or the gradients of parameters; a `QTensor` is one leaf.
+
+    Returns:
+      Bools in the structure of `tree`.
+    """
+    flags = mask(tree) if callable(mask) else True if mask is None else mask
+    return jax.tree.map(
+        lambda flag, branch: jax.tree.map(
+            lambda _: bool(flag), branch, is_leaf=lambda p: isinstance(p, QTensor)
+        ),
+        flags,
+        tree,
+    )

@@ -8,7 +8,8 @@ import optax
 import pytest
 from flax.core import FrozenDict
 
-from lowbit_jax.optim import match_paths
+from lowbit_jax.numerics import FP8_E4M3, quantize
+from lowbit_jax.optim import match_paths, resolve_mask
 
 
 class Layer(NamedTuple):
@@ -76,3 +77,19 @@ def test_optax_masked_takes_it_under_jit():
     updates, _ = jax.jit(tx.update)(params, tx.init(params))
     assert updates["a"]["weight"].tolist() == [-2.0] * 3
     assert updates["b"].tolist() == [1.0] * 2
+
+
+def test_a_quantized_weight_is_one_leaf_under_the_path_that_it_had():
+    params = {"a": {"weight": jnp.ones((2, 8))}, "b": jnp.ones(2)}
+    coded = {**params, "a": {"weight": quantize(params["a"]["weight"], FP8_E4M3)}}
+    expected = {"a": {"weight": True}, "b": False}
+    assert match_paths("a/weight")(params) == match_paths("a/weight")(coded) == expected
+    for mask in (match_paths("a/.*"), {"a": True, "b": False}, expected):
+        assert resolve_mask(mask, coded) == expected
+    assert resolve_mask(None, coded) == {"a": {"weight": True}, "b": True}
+
+
+def test_a_resolved_mask_keeps_the_places_without_gradient():
+    gradients = {"a": None, "b": jnp.ones(2)}
+    for mask in (None, match_paths("b"), {"a": True, "b": True}):
+        assert resolve_mask(mask, gradients) == {"a": None, "b": True}
