@@ -15,11 +15,16 @@ and 3.272 with quest_w4a4.
 
 from typing import Literal
 
-from lowbit_jax.models import Llama, flops_per_token, llama_config, llama_rules
-from lowbit_jax.ops.recipes import get_recipe, weight_projection
-from lowbit_jax.optim import cage, match_paths, one_cycle_cosine
-from lowbit_jax.sparsity import identity
+from lowbit_jax.models import Llama, flops_per_token, llama_config
+from lowbit_jax.optim import one_cycle_cosine
 from lowbit_jax.train import Config, open_corpus
+from lowbit_jax.train.setups import (
+    Moments,
+    OptimizerName,
+    ParamDtype,
+    WeightRounding,
+    training_setup,
+)
 
 # Peak learning rate and training tokens of each size, as in the released training scripts of
 # QuEST (about 100 tokens a parameter). "1b" is no size of theirs: both follow the others' rule,
@@ -38,6 +43,14 @@ PUBLISHED = {
 def get_config(
     size: Literal["30m", "50m", "100m", "200m", "430m", "800m", "1b"] = "30m",
     recipe: str = "quest_w4a4",
+    rules: tuple[str, ...] = (),
+    recipe_schedule: tuple[str, ...] = (),
+    optimizer: OptimizerName = "adamw",
+    weights: str | None = None,
+    weight_rounding: WeightRounding | None = None,
+    quantize_once: bool = False,
+    moments: Moments = "float32",
+    param_dtype: ParamDtype = "float32",
     data: str = "prepared",
     tokens: float | None = None,
     steps: int | None = None,
@@ -60,7 +73,28 @@ def get_config(
     Args:
       size: Of the model, in parameters without embedding and head.
       recipe: What the matrix products quantize, a name in lowbit_jax.ops.recipes, such as
-        quest_w4a4, quest_w2a2, rtn_w4a4, fp8_tensorwise or bf16 (nothing).
+        quest_w4a4, quartet, quartet2, nvfp4_nvidia, rtn_w4a4, fp8_tensorwise or bf16 (nothing). A
+        product can follow another one: quartet:dx=bf16,dw=bf16 quantizes the forward product (y)
+        alone.
+      rules: Recipes of single matrices, as PATTERN=RECIPE. The pattern, a regular expression, must
+        match a whole path of the table printed at the start; the first match wins, recipe is for
+        the rest. For example layers/mlp/down_proj/weight=fp8_tensorwise.
+      recipe_schedule: Later recipes, as STEP:RECIPE. Once that many steps are done RECIPE takes the
+        place of recipe, rules stay: 2000:bf16 ends in high precision, 2000:quest_w4a4 starts
+        quantizing there.
+      optimizer: adamw updates float weights. eco keeps the seven matrices of each block as codes
+        and no float copy: the momentum carries what rounding takes away (ECO, arXiv:2601.22101).
+        naive drops it, for comparison. Both want a recipe that leaves weights alone, as bf16 does.
+      weights: Format of these codes: fp8 (one scale a row), int4 (one for 32 weights), or a name in
+        lowbit_jax.numerics.PRESETS. None takes fp8.
+      weight_rounding: Of these codes: stochastic keeps updates below half a step on average,
+        nearest loses them unless the momentum carries them. None takes stochastic.
+      quantize_once: Quantize weights once a step and not in every layer's forward pass: the same
+        values, less work with micro_batches or remat.
+      moments: How Adam's two are stored, of 4 bytes a parameter each: bfloat16 takes 2, and e4m3
+        takes 1 for the first, with a scale for 128, and 2 for the second. Rounded stochastically.
+      param_dtype: How float parameters are stored. bfloat16 takes 2 bytes instead of 4; updates
+        below its precision are rounded stochastically, so that none is lost on average.
       data: Folder made by scripts/prepare_data.py; "moby-dick", the bundled book, byte by byte;
         or "synthetic", random tokens to measure speed, whose loss means nothing.
       tokens: Training tokens, 1e8 for example. None takes the paper's for this size.
@@ -73,7 +107,7 @@ def get_config(
       cage_total_strength: Sum over the steps of learning rate times lambda, by which CAGE pulls
         the weights towards their grid in the last fifth of the run; 0 is plain AdamW, published
         runs have 1.6 to 2.7.
-      dtype: Of activations and operands; parameters are float32.
+      dtype: Of activations and operands.
       remat: Recompute each block in the backward pass instead of keeping its activations.
       scan_unroll: Layers in one iteration of the loop over them; more compile longer, run faster.
       eval_interval: Steps between two validations.
@@ -88,31 +122,38 @@ def get_config(
         raise ValueError(f"batch_size and seq_len must be at least 1, got {batch_size}, {seq_len}.")
     steps = max(round(tokens / (batch_size * seq_len)), 1) if steps is None else steps
     dataset = open_corpus(data, vocab_size=32000)
-    dot = get_recipe(recipe)
+    learning_rate = one_cycle_cosine(peak_lr, steps)
+    setup = training_setup(
+        learning_rate=learning_rate,
+        steps=steps,
+        recipe=recipe,
+        rules=rules,
+        recipe_schedule=recipe_schedule,
+        optimizer=optimizer,
+        weights=weights,
+        weight_rounding=weight_rounding,
+        cage_total_strength=cage_total_strength,
+        weight_decay=weight_decay,
+        moments=moments,
+        param_dtype=param_dtype,
+        seed=seed,
+    )
     vocab_size = 32000 if data == "synthetic" else dataset.tokenizer.vocab_size
     model = llama_config(
         size,
         vocab_size=-(-vocab_size // 128) * 128,  # whole tiles for the head's products
         dtype=dtype,
-        recipe_rules=llama_rules(dot),
+        recipe_rules=setup.recipe_rules,
         remat=remat,
         scan_unroll=scan_unroll,
     )
-    matrices = match_paths("layers/.*_proj/weight")
-    learning_rate = one_cycle_cosine(peak_lr, steps)
     return Config(
         model=Llama(model),
-        optimizer=cage(
-            learning_rate,
-            weight_projection(dot) if cage_total_strength else identity,
-            total_steps=steps,
-            total_strength=cage_total_strength,
-            mask=matrices,
-            decay_mask=matrices,
-            weight_decay=weight_decay,
-            max_grad_norm=1.0,
-        ),
+        optimizer=setup.optimizer,
         learning_rate=learning_rate,
+        recipe_schedule=setup.recipe_schedule,
+        quantize_once=quantize_once,
+        store=setup.store,
         data=dataset,
         steps=steps,
         batch_size=batch_size,

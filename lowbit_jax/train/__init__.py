@@ -9,6 +9,7 @@ from lowbit_jax.train.loop import Diverged, train
 from lowbit_jax.train.state import TrainState, abstract_state, create_state
 from lowbit_jax.train.step import Metrics, StepPlan, loss_function, make_train_step
 from lowbit_jax.train.summary import Summary
+from lowbit_jax.train.sweep_rows import Row
 
 __all__ = [
     "Config",
@@ -16,6 +17,7 @@ __all__ = [
     "Evaluation",
     "Interrupted",
     "Metrics",
+    "Row",
     "RunIdentity",
     "RunOptions",
     "StepPlan",

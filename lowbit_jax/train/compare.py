@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from lowbit_jax.train.checkpoint import write_atomically
 from lowbit_jax.train.summary import Summary, load_summary
@@ -32,28 +33,35 @@ def compare_runs(run_dirs: Sequence[pathlib.Path], out_dir: pathlib.Path) -> str
             )
         summaries[run_dir.name] = summary
     out_dir.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for run_dir, (name, summary) in zip(run_dirs, summaries.items(), strict=True):
-        arguments = json.loads((run_dir / "run.json").read_text())["arguments"]
-        rows.append(
-            {
-                "run": name,
-                "arguments": arguments,
-                "steps": summary.steps,
-                "train_tokens": summary.train_tokens,
-                "validation_loss": summary.validation_loss,
-                "validation_bits_per_byte": summary.validation_bits_per_byte,
-                "validation_tokens": summary.validation_tokens,
-                "quantization_error": summary.quantization_error,
-                "tokens_per_s": summary.tokens_per_s,
-                "mfu": summary.mfu,
-                "device": summary.device,
-                "packages": json.loads((run_dir / "versions.json").read_text())["packages"],
-            }
-        )
-    write_atomically(out_dir / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    lines = [
+        json.dumps({"run": name, **run_record(run_dir, summary)}) + "\n"
+        for run_dir, (name, summary) in zip(run_dirs, summaries.items(), strict=True)
+    ]
+    write_atomically(out_dir / "results.jsonl", "".join(lines))
     _plot(run_dirs, out_dir / "validation_loss.png")
     return _table(summaries)
+
+
+def run_record(run_dir: pathlib.Path, summary: Summary) -> dict[str, Any]:
+    """One line of a results file: what was run, what came of it, and on what, as JSON values."""
+    run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    made_with = json.loads((run_dir / "versions.json").read_text(encoding="utf-8"))
+    return {
+        "config": run.get("name"),
+        "arguments": run["arguments"],
+        "steps": summary.steps,
+        "train_tokens": summary.train_tokens,
+        "validation_loss": summary.validation_loss,
+        "validation_bits_per_byte": summary.validation_bits_per_byte,
+        "validation_tokens": summary.validation_tokens,
+        "quantization_error": summary.quantization_error,
+        "tokens_per_s": summary.tokens_per_s,
+        "mfu": summary.mfu,
+        "device": summary.device,
+        "corpus": summary.corpus,
+        "packages": made_with["packages"],
+        "git_commit": made_with.get("git_commit"),
+    }
 
 
 def _table(summaries: dict[str, Summary]) -> str:

@@ -13,9 +13,13 @@ from typing import Annotated, Any
 
 import optax
 import tyro
+from jaxtyping import PyTree
 
 from lowbit_jax.data.tokens import TokenDataset
-from lowbit_jax.models import Llama
+from lowbit_jax.models import Llama, resolve_recipes
+from lowbit_jax.models.linear import RecipeRules
+from lowbit_jax.models.llama import QUANTIZABLE_PATHS
+from lowbit_jax.ops.recipes import DotRecipe
 
 
 class UsageError(ValueError):
@@ -45,6 +49,13 @@ class Config:
       sample_tokens: Length of the continuation.
       sample_temperature: Below 1 the likelier tokens are preferred; 0 takes the likeliest.
       flops_per_token: Of forward and backward pass, FLOP; None if unknown.
+      recipe_schedule: Pairs (step, rules), steps increasing: once that many steps are done, the
+        rules take the place of the model's `recipe_rules`. Validation after a step is under the
+        rules with which that step was taken, the last one too.
+      quantize_once: Quantize the weights once a step, outside the loss, instead of in each layer:
+        micro-batches and recomputation share the codes. The same values.
+      store: From fresh float32 parameters to those that are stored and updated, with `QTensor`s
+        for example; None: as they are.
     """
 
     model: Llama
@@ -65,6 +76,9 @@ class Config:
     sample_tokens: int = 200
     sample_temperature: float = 0.8
     flops_per_token: int | None = None
+    recipe_schedule: tuple[tuple[int, RecipeRules], ...] = ()
+    quantize_once: bool = False
+    store: Callable[[PyTree], PyTree] | None = None
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "micro_batches", "eval_interval",
@@ -80,11 +94,42 @@ class Config:
                 f"Config: batch_size must be a multiple of micro_batches={self.micro_batches},"
                 f" got {self.batch_size}."
             )
+        switches = [step for step, _ in self.recipe_schedule]
+        if switches != sorted(set(switches)) or not all(0 < s < self.steps for s in switches):
+            raise UsageError(
+                f"Config: steps of recipe_schedule must increase and lie in [1, {self.steps}), got"
+                f" {switches}; what holds from the start is the model's own rules."
+            )
+        try:
+            _ = self.phases
+        except ValueError as error:  # a rule that matches nothing
+            raise UsageError(f"Config: recipe_schedule: {error}") from error
+        if self.quantize_once and not any(quantized_weights(model) for _, model in self.phases):
+            raise UsageError(
+                "Config: quantize_once needs a recipe that quantizes weights, and none does; choose"
+                " another recipe or leave it out."
+            )
+
+    @property
+    def phases(self) -> tuple[tuple[int, Llama], ...]:
+        """Steps done when a phase begins, and the model of that phase; the first begins at 0."""
+        config = self.model.config
+        later = (
+            (step, Llama(dataclasses.replace(config, recipe_rules=rules)))
+            for step, rules in self.recipe_schedule
+        )
+        return ((0, self.model), *later)
+
+
+def quantized_weights(model: Llama) -> tuple[tuple[str, DotRecipe], ...]:
+    """Paths of the matrices whose weights `model` quantizes, with their recipes."""
+    resolved = resolve_recipes(model.config.recipe_rules, QUANTIZABLE_PATHS)
+    return tuple((path, r) for path, (_, r) in resolved.items() if r.y_w is not None)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Options of a run that change nothing of what is trained.
+    """Options of a run beside its arguments; all but `branch_from` leave what is trained as it is.
 
     Attributes:
       run_dir: Folder of everything that the run writes. None takes runs/ with the name of the
@@ -93,12 +138,24 @@ class RunOptions:
         run that was interrupted goes on from its newest checkpoint.
       validate: Measure the validation loss, at intervals and at the end.
       save: Write checkpoints.
+      stop_after: Save after this many steps of the whole run and leave, with exit code 0. The same
+        command without it goes on, to the bits of a run that never stopped.
+      branch_from: Folder of another run, from whose newest checkpoint this one starts: at its
+        step, with its weights and optimizer state, under the arguments given here. Both need the
+        same shapes. The checkpoint and the metrics up to it are copied, so that the branch resumes
+        without the other folder. For variants that differ only late in a run, as strengths of CAGE
+        do, whose correction is silent until then.
+      sample: Let the trained model continue a prompt, and measure baselines on the same text, at
+        the end; a sweep of many runs does without.
     """
 
     run_dir: str | None = None
     fresh: bool = False
     validate: bool = True
     save: bool = True
+    stop_after: int | None = None
+    branch_from: str | None = None
+    sample: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +177,7 @@ class RunIdentity:
     @property
     def run_name(self) -> str:
         """Name of the folder: the configuration and the arguments that are not the defaults."""
-        parts = [f"{key}={value}" for key, value in self.overrides.items()]
+        parts = [f"{key}={_plain(value)}" for key, value in self.overrides.items()]
         name = "-".join([self.name, *parts])
         return re.sub(r"[^A-Za-z0-9._=+-]+", "_", name)[:150]
 
@@ -145,26 +202,7 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, RunIdentity, RunOpt
         raise SystemExit(0 if wants_help else 2)
     path = pathlib.Path(arguments[0])
     module = load_config_file(path)
-
-    # tyro reads the function behind `wraps`.
-    module.get_config.__doc__ = _unwrap(module.get_config.__doc__ or "")
-
-    @functools.wraps(module.get_config)
-    def collect(**knobs):
-        return knobs
-
-    def command(
-        knobs: Annotated[dict, tyro.conf.arg(constructor=collect, name="")],
-        options: Annotated[RunOptions, tyro.conf.arg(name="")],
-    ) -> tuple[dict, RunOptions]:
-        return knobs, options
-
-    knobs, options = tyro.cli(
-        command,
-        args=list(arguments[1:]),
-        prog=f"{pathlib.Path(sys.argv[0]).name} {path}",
-        description=module.__doc__ or "",
-    )
+    knobs, options = parse_knobs(path, module, "get_config", RunOptions, arguments[1:])
     defaults = {n: p.default for n, p in inspect.signature(module.get_config).parameters.items()}
     overrides = {name: value for name, value in knobs.items() if value != defaults[name]}
     identity = RunIdentity(path.stem, path.read_text(encoding="utf-8"), knobs, overrides)
@@ -175,8 +213,45 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, RunIdentity, RunOpt
     return config, identity, options
 
 
-def load_config_file(path: str | pathlib.Path) -> ModuleType:
-    """Imports a configuration file, which must define `get_config`."""
+def parse_knobs(
+    path: pathlib.Path, module: ModuleType, function: str, options: type, arguments: Sequence[str]
+) -> tuple[dict[str, Any], Any]:
+    """Reads flags for the arguments of a function of `module` and for a dataclass of options.
+
+    Args:
+      path: File of the module, for messages.
+      module: Its docstring heads the help.
+      function: Name of a function whose signature and docstring give names, types, defaults and
+        help texts.
+      options: A dataclass with a docstring of the same form.
+      arguments: Words of the command line after the file.
+
+    Returns:
+      All arguments of the function by name, and an instance of `options`.
+    """
+    described = getattr(module, function)
+    described.__doc__ = _unwrap(described.__doc__ or "")  # tyro reads the function behind `wraps`
+
+    @functools.wraps(described)
+    def collect(**knobs):
+        return knobs
+
+    def command(
+        knobs: Annotated[dict, tyro.conf.arg(constructor=collect, name="")],
+        options: Annotated[Any, tyro.conf.arg(constructor=options, name="")],
+    ) -> tuple[dict, Any]:
+        return knobs, options
+
+    return tyro.cli(
+        command,
+        args=list(arguments),
+        prog=f"{pathlib.Path(sys.argv[0]).name} {path}",
+        description=module.__doc__ or "",
+    )
+
+
+def load_config_file(path: str | pathlib.Path, function: str = "get_config") -> ModuleType:
+    """Imports a file of settings, which must define a function of that name."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UsageError(f"config: no file {path}; configs here: {_known_configs()}.")
@@ -185,8 +260,8 @@ def load_config_file(path: str | pathlib.Path) -> ModuleType:
         raise UsageError(f"config: {path} is not a Python file (.py).")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not isinstance(getattr(module, "get_config", None), Callable):
-        raise UsageError(f"config: {path} defines no function get_config(...) -> Config.")
+    if not isinstance(getattr(module, function, None), Callable):
+        raise UsageError(f"config: {path} defines no function {function}(...).")
     return module
 
 
@@ -214,6 +289,10 @@ def _unwrap(docstring: str) -> str:
         lambda found: found[1] + found[2] + re.sub(r"\s+", " ", found[3]),
         docstring,
     )
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _known_configs() -> str:

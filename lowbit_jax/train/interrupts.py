@@ -14,15 +14,16 @@ _SAME_REQUEST_S = 0.5
 
 
 class Interrupted(Exception):
-    """Training stopped on a signal, its state saved.
+    """Training stopped before its last step, its state saved.
 
     Attributes:
-      exit_code: 128 + signal number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+      exit_code: 128 + signal number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM. 0 where
+        no signal came but `RunOptions.stop_after` asked for it.
     """
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = 128 + signal_number if signal_number else 0
 
 
 class StopRequest:

@@ -13,6 +13,9 @@ from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
 from lowbit_jax.data.pipeline import make_batches, validation_batches
+from lowbit_jax.models import Llama
+from lowbit_jax.optim import dequantize_leaves
+from lowbit_jax.train.branch import branch_off
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
 from lowbit_jax.train.config import Config, RunIdentity, RunOptions, UsageError, check_data
 from lowbit_jax.train.evaluate import Evaluation, make_evaluate
@@ -21,11 +24,10 @@ from lowbit_jax.train.run_directory import RunDirectory, open_run_directory, ver
 from lowbit_jax.train.state import TrainState, create_state, nonfinite_leaves
 from lowbit_jax.train.step import (
     Metrics,
-    StepPlan,
     first_offender,
     loss_function,
     make_train_step,
-    needs_key,
+    step_plan,
 )
 from lowbit_jax.train.summary import Summary, describe_model, load_summary, summarize
 from lowbit_jax.train.tracking import MetricsLog, Progress, Throughput, read_metrics
@@ -68,15 +70,32 @@ def train(
     Raises:
       UsageError: If data, folder or checkpoint do not fit.
       Diverged: If a loss or gradient is not finite. The checkpoints are from before.
-      Interrupted: On Ctrl-C or SIGTERM, after the state was saved.
+      Interrupted: On Ctrl-C, on SIGTERM or after `options.stop_after`, the state saved.
     """
     console = console or Console()
     check_data(config, needs_validation=options.validate)
-    with open_run_directory(identity, options.run_dir, fresh=options.fresh) as run:
+    if options.stop_after is not None and options.stop_after < 1:
+        raise UsageError(f"train: --stop-after must be at least 1, got {options.stop_after}.")
+    with open_run_directory(
+        identity, options.run_dir, fresh=options.fresh, branch_from=options.branch_from
+    ) as run:
         if (finished := load_summary(run.path)) is not None:
             _say(console, f"{run.path} holds this run, finished; pass --fresh to train it anew.")
             return finished
         return _Run(config, run, options, console).train(generate)
+
+
+class _Phase:
+    """A stretch of the run under one set of recipe rules; compiled when first called."""
+
+    def __init__(self, config: Config, start: int, model: Llama):
+        self.start, self.model = start, model
+        self.plan = step_plan(config, model)
+        loss_fn = loss_function(model)
+        self.train_step = make_train_step(
+            loss_fn, config.optimizer, self.plan, learning_rate=config.learning_rate
+        )
+        self.evaluate = make_evaluate(loss_fn)
 
 
 class _Run:
@@ -84,12 +103,8 @@ class _Run:
 
     def __init__(self, config: Config, run: RunDirectory, options: RunOptions, console: Console):
         self.config, self.run, self.options, self.console = config, run, options, console
-        self.plan = StepPlan(config.micro_batches, config.seed, needs_key=needs_key(config.model))
-        self.loss_fn = loss_function(config.model)
-        self.train_step = make_train_step(
-            self.loss_fn, config.optimizer, self.plan, learning_rate=config.learning_rate
-        )
-        self.evaluate = make_evaluate(self.loss_fn)
+        self.phases = [_Phase(config, *phase) for phase in config.phases]
+        self.values = jax.jit(dequantize_leaves)  # hands on what is no QTensor, without a copy
         # Without text behind the tokens (synthetic data) there are no bits per byte.
         bytes_per_token = config.data.validation.bytes_per_token
         self.tokens_per_byte = 1 / bytes_per_token if bytes_per_token else None
@@ -115,10 +130,11 @@ class _Run:
         return summarize(
             config,
             self.run.path,
-            state.params,
+            self.values(state.params),
             final=final,
             tokens_per_s=self.throughput.overall(),
-            generate=generate,
+            generate=generate if self.options.sample else None,
+            with_baselines=self.options.sample,
             has_checkpoint=self.run.checkpoints.exists(),
         )
 
@@ -133,7 +149,7 @@ class _Run:
         def create(key: PRNGKeyArray) -> TrainState:
             tokens = np.zeros((1, config.seq_len), np.int32)
             params = nn.meta.unbox(config.model.init(key, tokens)["params"])
-            return create_state(params, config.optimizer)
+            return create_state(params, config.optimizer, config.store)
 
         # A key that no step has: those are folded with step numbers.
         key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)
@@ -144,8 +160,11 @@ class _Run:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
                 jax.eval_shape(create, key),
             )
-            self.train_step.trace(target, (tokens, tokens))  # shapes that a recipe refuses
+            for phase in self.phases:
+                phase.train_step.trace(target, (tokens, tokens))  # shapes that a recipe refuses
             restored = restore_latest(self.run.checkpoints, target, warn=self.warn)
+            if restored is None and self.options.branch_from is not None:
+                return self.branch(self.options.branch_from, target)
         except ValueError as error:
             raise UsageError(str(error)) from error
         if restored is None:
@@ -154,9 +173,25 @@ class _Run:
         _say(self.console, f"resuming {self.run.path} after step {int(state.step)}")
         return state
 
+    def branch(self, origin: str, target: TrainState) -> TrainState:
+        state = branch_off(
+            self.run,
+            origin,
+            target,
+            steps=self.config.steps,
+            save=self.options.save,
+            warn=self.warn,
+        )
+        _say(self.console, f"branching off from {origin} after step {int(state.step)}")
+        return state
+
+    def phase(self, done: int) -> _Phase:
+        """The phase of the step that follows `done` steps."""
+        return next(phase for phase in reversed(self.phases) if phase.start <= done)
+
     def steps(self, state: TrainState, stop: StopRequest) -> tuple[TrainState, Evaluation | None]:
         """Takes the remaining steps; returns the state and the last validation."""
-        config, evaluation = self.config, None
+        config, evaluation, stop_after = self.config, None, self.options.stop_after
         done = int(state.step)
         if done < config.steps:
             batches = self.batches(done)
@@ -164,9 +199,12 @@ class _Run:
         saved = done
         while True:
             is_last = done == config.steps
+            stops_here = not is_last and stop_after is not None and done >= stop_after
             due_eval = self.options.validate and (is_last or done % config.eval_interval == 0)
-            due_save = is_last or done % config.checkpoint_interval == 0
-            if stop or is_last or due_eval or due_save:
+            due_save = is_last or stops_here or done % config.checkpoint_interval == 0
+            phase = self.phase(done)
+            switches = bool(phase.start) and done == phase.start
+            if stop or is_last or due_eval or due_save or switches:
                 self.drain(state, keep=0)
                 self.throughput.pause()
             if due_eval and done and not stop and (is_last or done not in self.validated):
@@ -174,11 +212,13 @@ class _Run:
             if (due_save or stop) and self.options.save and done > saved:
                 self.save(state)
                 saved = done
-            if stop:
-                raise Interrupted(self.farewell(done), stop.number)
+            if stop or stops_here:
+                raise Interrupted(self.farewell(done, stop), stop.number)
             if is_last:
                 return state, evaluation
-            state, metrics = self.train_step(state, batch)
+            if switches:
+                self.progress.message(f"step {done}: from here on {_recipes(phase.model)}")
+            state, metrics = phase.train_step(state, batch)
             for value in (metrics.loss, metrics.grad_norm, metrics.learning_rate):
                 value.copy_to_host_async()
             done += 1
@@ -207,7 +247,7 @@ class _Run:
                 float, jax.device_get((metrics.loss, metrics.grad_norm, metrics.learning_rate))
             )
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                where = first_offender(metrics, state.params, self.plan)
+                where = first_offender(metrics, state.params, self.phases[0].plan)
                 raise Diverged(
                     f"train: step {step} is not finite in {where}. Nothing was saved from it on;"
                     f" the checkpoints in {self.run.checkpoints} are from before. The run would"
@@ -222,9 +262,9 @@ class _Run:
         self, state: TrainState, step: int, stop: StopRequest, *, whole: bool
     ) -> Evaluation | None:
         """Validation loss, recorded; None if a signal came in between."""
-        config = self.config
-        evaluation = self.evaluate(
-            state.params,
+        config, phase = self.config, self.phase(max(step - 1, 0))
+        evaluation = phase.evaluate(
+            self.values(state.params),
             validation_batches(
                 config.data.validation,
                 batch_size=config.batch_size,
@@ -232,7 +272,7 @@ class _Run:
                 max_batches=config.final_eval_batches if whole else config.eval_batches,
             ),
             tokens_per_byte=self.tokens_per_byte,
-            needs_key=self.plan.needs_key,
+            needs_key=phase.plan.needs_key,
             should_stop=lambda: bool(stop),
         )
         self.throughput.pause()
@@ -264,15 +304,25 @@ class _Run:
             raise Diverged(f"train: {error}") from error
         self.throughput.pause()
 
-    def farewell(self, step: int) -> str:
+    def farewell(self, step: int, stop: StopRequest) -> str:
         if not self.options.save:
             return f"stopped after step {step}; nothing was saved (--no-save)"
+        if not stop:
+            return (
+                f"stopped after step {step} as --stop-after {self.options.stop_after} says, saved"
+                f" in {self.run.path}; the same command without it goes on"
+            )
         if step == 0:
             return "stopped before the first step; the same command starts again"
         return f"stopped after step {step}, saved in {self.run.path}; the same command resumes"
 
     def warn(self, text: str) -> None:
         _say(self.console, f"warning: {text}")
+
+
+def _recipes(model: Llama) -> str:
+    """`pattern=recipe` of each rule, as the configs take them."""
+    return ", ".join(f"{pattern}={recipe}" for pattern, recipe in model.config.recipe_rules)
 
 
 def _say(console: Console, text: str) -> None:

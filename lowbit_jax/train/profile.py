@@ -13,7 +13,7 @@ import numpy as np
 from lowbit_jax.analysis.kernel_times import KernelTime, kernel_times, operation_names
 from lowbit_jax.train.config import Config
 from lowbit_jax.train.state import create_state
-from lowbit_jax.train.step import StepPlan, loss_function, make_train_step, needs_key
+from lowbit_jax.train.step import loss_function, make_train_step, step_plan
 from lowbit_jax.train.tracking import peak_flops
 
 
@@ -72,8 +72,8 @@ def profile_step(config: Config, *, steps: int = 40, traced_steps: int = 2) -> S
     batch = jax.device_put((tokens[:, :-1], tokens[:, 1:]))
     start = time.perf_counter()
     params = jax.jit(config.model.init)(jax.random.key(0), batch[0][:1])["params"]
-    state = create_state(nn.meta.unbox(params), config.optimizer)
-    plan = StepPlan(config.micro_batches, needs_key=needs_key(config.model))
+    state = create_state(nn.meta.unbox(params), config.optimizer, config.store)
+    plan = step_plan(config, config.model)
     step = make_train_step(loss_function(config.model), config.optimizer, plan)
     compiled = step.lower(state, batch).compile()
     compile_time_s = time.perf_counter() - start

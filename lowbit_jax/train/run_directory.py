@@ -33,6 +33,12 @@ class RunDirectory:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    def record(self, **values: Any) -> None:
+        """Adds JSON values to run.json."""
+        path = self.path / "run.json"
+        known = json.loads(path.read_text(encoding="utf-8"))
+        write_atomically(path, json.dumps({**known, **values}, indent=1) + "\n")
+
     def close(self) -> None:
         """Releases the lock."""
         self._lock.close()
@@ -45,7 +51,11 @@ class RunDirectory:
 
 
 def open_run_directory(
-    identity: RunIdentity, run_dir: str | None = None, *, fresh: bool = False
+    identity: RunIdentity,
+    run_dir: str | None = None,
+    *,
+    fresh: bool = False,
+    branch_from: str | None = None,
 ) -> RunDirectory:
     """Opens the folder in which this run starts or goes on.
 
@@ -57,24 +67,32 @@ def open_run_directory(
       identity: Of the run.
       run_dir: Folder asked for by the user.
       fresh: Start anew: empties `run_dir`, or takes the next number.
+      branch_from: Folder of the run from which this one branches off. It belongs to what
+        identifies the run, and its last part to `NAME`.
 
     Raises:
       UsageError: If another process holds the folder, if it belongs to a run with other
         arguments, or if it holds other files.
     """
+    origin = None if branch_from is None else os.path.normpath(branch_from)
     if run_dir is not None:
-        return _open(pathlib.Path(run_dir), identity, empty=fresh)
-    base, number = pathlib.Path("runs") / identity.run_name, 1
+        return _open(pathlib.Path(run_dir), identity, origin, empty=fresh)
+    name = identity.run_name
+    if origin is not None:
+        name += f"-from-{os.path.basename(origin)}"
+    base, number = pathlib.Path("runs") / name, 1
     while True:
         path = base if number == 1 else base.with_name(f"{base.name}-{number}")
         if not (path / "run.json").exists():
-            return _open(path, identity, empty=False)
+            return _open(path, identity, origin, empty=False)
         if not fresh and not (path / "summary.json").exists():
-            return _open(path, identity, empty=False)
+            return _open(path, identity, origin, empty=False)
         number += 1
 
 
-def _open(path: pathlib.Path, identity: RunIdentity, *, empty: bool) -> RunDirectory:
+def _open(
+    path: pathlib.Path, identity: RunIdentity, origin: str | None, *, empty: bool
+) -> RunDirectory:
     if path.exists() and not path.is_dir():
         raise UsageError(f"run directory: {path} is a file; choose another --run-dir.")
     if any(character in str(path.absolute()) for character in "*?["):
@@ -105,7 +123,9 @@ def _open(path: pathlib.Path, identity: RunIdentity, *, empty: bool) -> RunDirec
                 target = path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         # As it will come back from the file, where a tuple is a list and a path a string.
-        record = {"name": identity.name, "arguments": identity.arguments}
+        record = {
+            "name": identity.name, "arguments": identity.arguments, "branch_from": origin,
+        }  # fmt: skip
         record = json.loads(json.dumps(record, default=str))
         if known.exists() and not empty:
             _check_same_run(path, json.loads(known.read_text()), record, identity.source)
@@ -121,8 +141,10 @@ def _open(path: pathlib.Path, identity: RunIdentity, *, empty: bool) -> RunDirec
 
 
 def _check_same_run(path: pathlib.Path, saved: dict, record: dict, source: str) -> None:
-    before, now = {"config": saved["name"], **saved["arguments"]}, record["arguments"]
-    now = {"config": record["name"], **now}
+    before, now = (
+        {"config": run["name"], "branch_from": run.get("branch_from"), **run["arguments"]}
+        for run in (saved, record)
+    )
     differences = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

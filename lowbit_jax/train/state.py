@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +14,24 @@ class TrainState(NamedTuple):
     """Everything that a checkpoint holds. Data order and randomness follow from `step` alone."""
 
     step: Int[Array, ""]  # int32: updates applied so far
-    params: PyTree  # float32 master weights
+    params: PyTree  # as they are stored: float32 masters, bfloat16, or QTensors
     opt_state: PyTree
 
 
-def create_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def create_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    store: Callable[[PyTree], PyTree] | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: Freshly drawn.
+      tx: The optimizer.
+      store: Gives `params` the form in which they are stored, with `QTensor`s in place of some
+        matrices for example; None: as they are.
+    """
+    params = params if store is None else store(params)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 

@@ -1,5 +1,6 @@
 """One optimizer step as a single compiled function."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +12,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from lowbit_jax.models import Llama
+from lowbit_jax.ops.recipes import DotRecipe
+from lowbit_jax.optim import apply_updates_low_precision, dequantize_leaves, match_paths
+from lowbit_jax.optim.quartet import attach_quantized, quantize_params, quartet_gradients
+from lowbit_jax.train.config import Config, quantized_weights
 from lowbit_jax.train.state import TrainState, leaf_paths
 
 # (params, (inputs, targets), key or None) -> mean loss over the batch, scalar float32
@@ -25,12 +31,15 @@ class StepPlan:
       micro_batches: Parts into which the batch is cut; gradients accumulate in float32.
       seed: The key of step t is `fold_in(key(seed), t)`, so a resumed run draws the same bits.
       needs_key: Whether the loss draws random bits at all; if not it receives None.
+      weights_once: Paths of the weights that are quantized once a step, outside the loss, with
+        their recipes; the loss must take `QuantizedWeight`s there. Empty: in the layers.
       stacked: Top-level parameter key whose leaves stack the layers along their first axis.
     """
 
     micro_batches: int = 1
     seed: int = 0
     needs_key: bool = False
+    weights_once: tuple[tuple[str, DotRecipe], ...] = ()
     stacked: str = "layers"
 
 
@@ -55,9 +64,14 @@ def loss_function(model: nn.Module) -> LossFn:
     return loss_fn
 
 
-def needs_key(model: nn.Module) -> bool:
-    """Whether a recipe of `model` draws random bits."""
-    return any(recipe.needs_key for _, recipe in model.config.recipe_rules)
+def step_plan(config: Config, model: Llama) -> StepPlan:
+    """The plan of `config` while `model`, one of its phases, is trained."""
+    return StepPlan(
+        config.micro_batches,
+        config.seed,
+        needs_key=any(recipe.needs_key for _, recipe in model.config.recipe_rules),
+        weights_once=quantized_weights(model) if config.quantize_once else (),
+    )
 
 
 def make_train_step(
@@ -68,6 +82,10 @@ def make_train_step(
     learning_rate: optax.Schedule | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`params += tx(mean gradient)`, compiled once, the old state's memory reused for the new.
+
+    Weights stored as `QTensor`s are dequantized once, before the micro-batches, and differentiated
+    at their values. Updates are added by `apply_updates_low_precision`: float32 weights as by
+    `optax.apply_updates`, all others with stochastic rounding.
 
     A loss or gradient that is not finite leaves `params` and `opt_state` exactly as they were;
     `step` still counts. The caller sees it in the metrics and stops (`first_offender`).
@@ -91,14 +109,33 @@ def make_train_step(
             f"make_train_step: micro_batches must be at least 1, got {plan.micro_batches}."
         )
 
+    groups = _groups(plan.weights_once)
+
     def loss_and_gradient(params, batch, key):
+        if not groups:
+            return mean_over_parts(jax.value_and_grad(loss_fn), params, batch, key)
+        # A key that no micro-batch has.
+        weights_key = None if key is None else jax.random.fold_in(key, 2**32 - 1)
+        quantized = [quantize_params(params, r, mask, key=weights_key) for r, mask in groups]
+
+        def loss_at_codes(params, batch, key):
+            for codes in quantized:
+                params = attach_quantized(params, codes)
+            return loss_fn(params, batch, key)
+
+        loss, grads = mean_over_parts(jax.value_and_grad(loss_at_codes), params, batch, key)
+        for to_master in (quartet_gradients(r, mask) for r, mask in groups):
+            grads, _ = to_master.update(grads, to_master.init(params), params)
+        return loss, grads
+
+    def mean_over_parts(value_and_grad, params, batch, key):
         if plan.micro_batches == 1:
-            return jax.value_and_grad(loss_fn)(params, batch, key)
+            return value_and_grad(params, batch, key)
 
         def accumulate(total, numbered):
             index, part = numbered
             part_key = None if key is None else jax.random.fold_in(key, index)
-            value = jax.value_and_grad(loss_fn)(params, part, part_key)
+            value = value_and_grad(params, part, part_key)
             return jax.tree.map(lambda s, v: s + v.astype(s.dtype), total, value), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros(()), params))
@@ -108,12 +145,16 @@ def make_train_step(
         return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(plan.seed), state.step) if plan.needs_key else None
-        loss, grads = loss_and_gradient(state.params, batch, key)
+        key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
+        loss, grads = loss_and_gradient(
+            dequantize_leaves(state.params), batch, key if plan.needs_key else None
+        )
         squares = _leaf_squares(grads, plan.stacked)
         grad_norm = jnp.sqrt(sum(jnp.sum(s) for s in jax.tree.leaves(squares)))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates_low_precision(
+            state.params, updates, key=jax.random.fold_in(key, 2**32 - 2)
+        )
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old),
@@ -139,7 +180,7 @@ def first_offender(metrics: Metrics, params: PyTree, plan: StepPlan = StepPlan()
       params: As they were before that step.
       plan: The step's plan.
     """
-    norms = jax.device_get(_leaf_norms(params, plan.stacked))
+    norms = jax.device_get(_leaf_norms(dequantize_leaves(params), plan.stacked))
     bad_params = _nonfinite(norms)
     bad_grads = _nonfinite(jax.device_get(metrics.leaf_norms))
     if bad_params:
@@ -154,6 +195,14 @@ def first_offender(metrics: Metrics, params: PyTree, plan: StepPlan = StepPlan()
         f"{where}; loss {float(metrics.loss):g}, {len(bad_grads)} of"
         f" {len(leaf_paths(metrics.leaf_norms))} gradient tensors not finite"
     )
+
+
+def _groups(weights: tuple[tuple[str, DotRecipe], ...]) -> list[tuple[DotRecipe, Callable]]:
+    """The recipes of `weights`, each with the mask of its leaves."""
+    paths: dict[DotRecipe, list[str]] = {}
+    for path, recipe in weights:
+        paths.setdefault(recipe, []).append(re.escape(path))
+    return [(recipe, match_paths(*found)) for recipe, found in paths.items()]
 
 
 def _nonfinite(norms: PyTree) -> list[tuple[str, tuple[int, int]]]:

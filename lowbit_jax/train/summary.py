@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lowbit_jax.analysis.text_baselines import text_baselines
-from lowbit_jax.models import count_params, recipe_table
+from lowbit_jax.models import Llama, count_params, recipe_table
+from lowbit_jax.ops.dot_recipe import PRODUCTS, DotRecipe
 from lowbit_jax.ops.recipes import weight_projection
 from lowbit_jax.train.checkpoint import write_atomically
 from lowbit_jax.train.config import Config
@@ -45,6 +46,7 @@ class Summary:
       sample_prompt: Text that the model was given.
       sample: What it made of it; None without a generator.
       files: What lies where.
+      corpus: Fingerprint of the data: runs on the same text, split and tokenizer share it.
     """
 
     run_dir: str
@@ -62,6 +64,7 @@ class Summary:
     sample_prompt: str
     sample: str | None
     files: dict[str, str]
+    corpus: str = ""
 
     def __str__(self) -> str:
         lines = []
@@ -90,22 +93,56 @@ class Summary:
             rows = {"this model": self.validation_bits_per_byte, **self.baselines}
             rows = sorted(rows.items(), key=lambda row: row[1])
             lines += [f"  {name:<17} {value:6.3f}" for name, value in rows]
-            lines.append(f"  (the others saw {self.baseline_train_bytes:,} bytes of training text)")
+            if self.baselines:
+                seen = f"{self.baseline_train_bytes:,} bytes of training text"
+                lines.append(f"  (the others saw {seen})")
         lines += ["files:", *(f"  {name:<17} {path}" for name, path in self.files.items())]
         return "\n".join(lines)
 
 
 def describe_model(config: Config) -> str:
-    """The table of recipes and the sizes of model and run, for the start of a run."""
+    """The tables of recipes and the sizes of model and run, for the start of a run."""
     counts = count_params(config.model.config)
+    recipes: dict[DotRecipe | None, None] = {}  # as a set that keeps their order
+    lines = []
+    for step, model in config.phases:
+        table = recipe_table(model)
+        recipes |= dict.fromkeys(row.recipe for row in table.rows)
+        lines += [f"once {step:,} steps are done:"] if step else []
+        lines += [str(table), ""]
+    lines += formats_table([r for r in recipes if r is not None and not r.is_identity])
+    shown = "\n".join(lines).rstrip()
     return (
-        f"{recipe_table(config.model)}\n"
+        f"{shown}\n"
         f"{counts['total']:,} parameters ({counts['non_embedding']:,} without embedding and head),"
         f" {len(config.data.train):,} training and {len(config.data.validation):,} validation"
         f" tokens ({config.data.tokenizer.name}),\n"
         f"{config.steps:,} steps of {config.batch_size} x {config.seq_len} tokens"
         f" on {jax.devices()[0].device_kind}; compiling"
     )
+
+
+def formats_table(recipes: Sequence[DotRecipe]) -> list[str]:
+    """Lines of a table: formats and rotation of each product of each recipe; [] for no recipe."""
+    cells = [("recipe", "product", "formats of its operands", "rotation")]
+    for recipe in recipes:
+        for product, operands in zip(PRODUCTS, ("xw", "gw", "gx"), strict=True):
+            formats = zip(operands, recipe.formats_of(product), strict=True)
+            cells.append(
+                (
+                    str(recipe),
+                    product,
+                    ", ".join(f"{operand}: {spec or '-'}" for operand, spec in formats),
+                    str(recipe.rotation_of(product) or "-"),
+                )
+            )
+    if len(cells) == 1:
+        return []
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    return [
+        "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
+        for row in cells
+    ]
 
 
 def summarize(
@@ -116,6 +153,7 @@ def summarize(
     final: Evaluation | None,
     tokens_per_s: float | None,
     generate: Callable[..., Any] | None,
+    with_baselines: bool,
     has_checkpoint: bool,
 ) -> Summary:
     """Measures what is left to measure, writes sample, plot and `summary.json`.
@@ -123,10 +161,11 @@ def summarize(
     Args:
       config: Of the run.
       run_dir: Its folder.
-      params: Final parameters.
+      params: Final parameters, dequantized.
       final: The last validation, if there was one.
       tokens_per_s: As the loop measured it.
       generate: See `train`.
+      with_baselines: Whether to measure the text baselines, which takes seconds.
       has_checkpoint: Whether there are checkpoints.
     """
     sample = None
@@ -134,7 +173,7 @@ def summarize(
         sample = _sample(config, params, generate)
         write_atomically(run_dir / "sample.txt", config.sample_prompt + sample)
     baselines, baseline_train_bytes = {}, 0
-    if final is not None and final.bits_per_byte is not None:
+    if with_baselines and final is not None and final.bits_per_byte is not None:
         baselines, baseline_train_bytes = _baselines(config)
     device = jax.devices()[0].device_kind
     peak = peak_flops(device)
@@ -161,13 +200,14 @@ def summarize(
         validation_tokens=None if final is None else final.tokens,
         baselines=baselines,
         baseline_train_bytes=baseline_train_bytes,
-        quantization_error=quantization_error(config, params),
+        quantization_error=quantization_error(config.phases[-1][1], params),
         tokens_per_s=tokens_per_s,
         mfu=mfu,
         device=device,
         sample_prompt=config.sample_prompt,
         sample=sample,
         files={name: str(run_dir / file) for name, file in files.items() if file is not None},
+        corpus=config.data.fingerprint,
     )
     record = json.dumps(dataclasses.asdict(summary), indent=1)
     write_atomically(run_dir / "summary.json", record + "\n")  # last: the run is finished
@@ -180,14 +220,14 @@ def load_summary(run_dir: pathlib.Path) -> Summary | None:
     return Summary(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def quantization_error(config: Config, params: PyTree) -> float | None:
+def quantization_error(model: Llama, params: PyTree) -> float | None:
     """`rms(w - Q(w)) / rms(w)` over all weights that the forward pass quantizes; None if none."""
     leaves = dict(leaf_paths(params))
     error, square = 0.0, 0.0
-    for row in recipe_table(config.model).rows:
+    for row in recipe_table(model).rows:
         if row.recipe is None or row.recipe.y_w is None:
             continue
-        if row.recipe.y_w.rounding == "stochastic":
+        if row.recipe.y_w.needs_key:
             continue  # no one Q(w)
         residual, norm = _error_squares(leaves[row.path], weight_projection(row.recipe))
         error, square = error + float(residual), square + float(norm)
@@ -203,11 +243,11 @@ def _error_squares(w, projection):
 def _sample(config: Config, params: PyTree, generate: Callable[..., Any]) -> str:
     tokenizer = config.data.tokenizer
     prompt = np.asarray(tokenizer.encode_batch([config.sample_prompt])[0], np.int32)[None]
-    key = jax.random.key(config.seed)
+    model, key = config.phases[-1][1], jax.random.key(config.seed)
     rngs = {"quantize": key}  # ignored unless a recipe is random
 
     def apply_fn(params, tokens):
-        return config.model.apply({"params": params}, tokens, rngs=rngs)
+        return model.apply({"params": params}, tokens, rngs=rngs)
 
     tokens = generate(
         apply_fn,

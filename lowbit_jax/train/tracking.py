@@ -116,10 +116,14 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def truncate_metrics(path: pathlib.Path, step: int) -> None:
     """Drops the rows after `step`, atomically: a resumed run writes these steps again."""
-    if not path.exists():
-        return
-    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-    write_atomically(path, "".join(kept))
+    if path.exists():
+        copy_metrics(path, path, step)
+
+
+def copy_metrics(source: pathlib.Path, target: pathlib.Path, step: int) -> None:
+    """Writes the rows of `source` up to `step` to `target`, atomically."""
+    kept = [json.dumps(row) + "\n" for row in read_metrics(source) if row["step"] <= step]
+    write_atomically(target, "".join(kept))
 
 
 def plot_loss(run_dir: pathlib.Path) -> pathlib.Path:

@@ -1,15 +1,54 @@
+import dataclasses
+import functools
+import io
 import os
 import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
+import numpy as np
 import pytest
+from rich.console import Console
+
+from lowbit_jax.decoding.generate import generate
+from lowbit_jax.train.checkpoint import restore_latest
+from lowbit_jax.train.config import RunIdentity, RunOptions, load_config_file
+from lowbit_jax.train.loop import train
+from lowbit_jax.train.state import create_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "llama_tiny_quest_cage.py"
 # The tiny config made smaller still: one layer, a checkpoint every 6 steps.
 SMALL = {"n_layers": 1, "steps": 24, "batch_size": 4, "seq_len": 32}
+IDENTITY = RunIdentity("tiny", CONFIG.read_text(), dict(SMALL), {})
+
+
+def train_quietly(config, run_dir, *, identity=IDENTITY, **options):
+    """Summary and what was printed."""
+    console = Console(file=io.StringIO(), width=200)
+    options = RunOptions(run_dir=str(run_dir), **options)
+    summary = train(config, identity, options, generate=generate, console=console)
+    return summary, console.file.getvalue()
+
+
+def state_of(run_dir, config):
+    """The state in the newest checkpoint of a run."""
+
+    def create():
+        params = config.model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
+        return create_state(nn.meta.unbox(params), config.optimizer, config.store)
+
+    state, _ = restore_latest(run_dir / "checkpoints", jax.eval_shape(create), warn=pytest.fail)
+    return jax.device_get(state)
+
+
+@functools.cache
+def small_config(**knobs):
+    """The tiny config, smaller still, with nothing to do but train."""
+    config = load_config_file(CONFIG).get_config(**{**SMALL, "seq_len": 16, **knobs})
+    return dataclasses.replace(config, eval_batches=1, final_eval_batches=1, sample_prompt="")
 
 
 class PretrainScript:

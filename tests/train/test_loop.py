@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import math
 
@@ -7,31 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from rich.console import Console
 
-from lowbit_jax.decoding.generate import generate
 from lowbit_jax.train.checkpoint import list_checkpoints
-from lowbit_jax.train.config import RunIdentity, RunOptions, UsageError, load_config_file
-from lowbit_jax.train.loop import Diverged, train
+from lowbit_jax.train.config import UsageError, load_config_file
+from lowbit_jax.train.loop import Diverged
 from lowbit_jax.train.tracking import read_metrics
 
-from .conftest import CONFIG, SMALL
-
-IDENTITY = RunIdentity("tiny", CONFIG.read_text(), dict(SMALL), {})
+from .conftest import CONFIG, IDENTITY, SMALL, train_quietly
 
 
 @pytest.fixture(scope="module")
 def config():
     return load_config_file(CONFIG).get_config(**SMALL)
-
-
-def train_quietly(config, run_dir, *, identity=IDENTITY, **options):
-    console = Console(file=io.StringIO(), width=200)
-    summary = train(
-        config, identity, RunOptions(run_dir=str(run_dir), **options),
-        generate=generate, console=console,
-    )  # fmt: skip
-    return summary, console.file.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,18 @@
 import signal
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from lowbit_jax.train.checkpoint import list_checkpoints, restore_latest
+from lowbit_jax.train.checkpoint import list_checkpoints
 from lowbit_jax.train.config import load_config_file
-from lowbit_jax.train.state import create_state
 from lowbit_jax.train.tracking import read_metrics
 
-from .conftest import CONFIG, SMALL
+from .conftest import CONFIG, SMALL, state_of
 
 STEPS = 120  # a checkpoint every 30
-KNOBS = {**SMALL, "steps": STEPS}
+# The kill comes before the recipe changes or after it, and always after a checkpoint from before.
+KNOBS = {**SMALL, "steps": STEPS, "recipe_schedule": ("50:rtn_w4a4",)}
 
 
 def rows_of(run_dir):
@@ -37,19 +36,15 @@ def wait_for_step(pretrain, process, run_dir, step):
 
 
 def final_state(run_dir):
-    config = load_config_file(CONFIG).get_config(**KNOBS)
-
-    def create():
-        params = config.model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]
-        return create_state(nn.meta.unbox(params), config.optimizer)
-
-    state, _ = restore_latest(run_dir / "checkpoints", jax.eval_shape(create), warn=print)
+    state = state_of(run_dir, load_config_file(CONFIG).get_config(**KNOBS))
     assert int(state.step) == STEPS
-    return jax.device_get(state)
+    return state
 
 
 def test_killed_and_interrupted_runs_end_bit_for_bit_where_an_unbroken_one_does(pretrain, tmp_path):
-    knobs = [word for key, value in KNOBS.items() for word in (f"--{key.replace('_', '-')}", value)]
+    knobs = []
+    for key, value in KNOBS.items():
+        knobs += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
     command = [CONFIG, *knobs, "--run-dir"]
     assert pretrain.run(*command, "unbroken") == 0, pretrain.printed
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"

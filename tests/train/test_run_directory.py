@@ -151,3 +151,21 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path, fresh):
     with pytest.raises(UsageError, match="is a file"):
         open_run_directory(IDENTITY, "thesis/chapter.tex", fresh=fresh)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "x"
+
+
+def test_a_folder_belongs_to_its_branch_alone():
+    open_run_directory(IDENTITY, "here", branch_from="runs/base/").close()
+    open_run_directory(IDENTITY, "here", branch_from="runs/base").close()
+    for other in (None, "runs/other"):
+        with pytest.raises(UsageError, match=r"branch_from was 'runs/base', now "):
+            open_run_directory(IDENTITY, "here", branch_from=other)
+    with open_run_directory(IDENTITY), open_run_directory(IDENTITY, branch_from="a/base") as run:
+        assert str(run.path) == "runs/tiny-from-base"
+    run.record(branch_step=3)
+    open_run_directory(IDENTITY, branch_from="a/base").close()
+    assert json.loads((run.path / "run.json").read_text())["branch_step"] == 3
+
+
+def test_lists_among_the_arguments_make_readable_names():
+    several = dataclasses.replace(IDENTITY, overrides={"rules": ("a=x", "b=y"), "lr": 0.1})
+    assert several.run_name == "tiny-rules=a=x+b=y-lr=0.1"

@@ -1,0 +1,65 @@
+"""Byte-level toy: low-bit training methods side by side, at 2 bits, on two CPU cores.
+
+Llama of 0.5M parameters on the bundled Moby-Dick, W2A2 for the integer methods: 400 steps of 8 x
+128 bytes a run.
+
+  python scripts/sweep.py configs/sweeps/toy_cpu.py --runs runs/toy_cpu --out docs/results/toy_cpu
+"""
+
+from lowbit_jax.train import Row
+
+
+def get_rows(steps: int = 400) -> list[Row]:
+    """Rows of this sweep.
+
+    Args:
+      steps: Optimizer steps of each run.
+    """
+    common = {"n_layers": 2, "steps": steps, "cage_total_strength": 0.0}
+
+    def row(group, name, baseline: str | None = "bf16", seeds=1, **arguments):
+        return Row(
+            name=name,
+            config="configs/llama_tiny_quest_cage.py",
+            arguments={**common, "recipe": name, **arguments},
+            seeds=tuple(range(seeds)),
+            baseline=baseline,
+            group=group,
+        )
+
+    forward, fp4 = "Quantized forward pass, W2A2", "4 bits in all three products"
+    rows = [
+        row(forward, "bf16", baseline=None, seeds=3),
+        row(forward, "rtn_w2a2"),
+        row(forward, "quest_w2a2_no_hadamard"),
+        row(forward, "quest_w2a2", seeds=3),
+        row(
+            forward,
+            "quest_w2a2_cage2.7",
+            baseline="quest_w2a2",
+            seeds=3,
+            recipe="quest_w2a2",
+            cage_total_strength=2.7,
+        ),
+        row(fp4, "quartet"),
+        row(fp4, "quartet2"),
+        row(fp4, "nvfp4_nvidia"),
+    ]
+    for weights in ("fp8", "int4"):
+        group = f"{weights.upper()} weights with a master copy, without one, with ECO"
+        master = f"{weights}_weights"
+        rows.append(row(group, master))
+        rows += [
+            row(
+                group,
+                f"{optimizer}_{weights}_{suffix}",
+                baseline=master,
+                recipe="bf16",
+                optimizer=optimizer,
+                weights=weights,
+                weight_rounding=rounding,
+            )
+            for optimizer in ("naive", "eco")
+            for suffix, rounding in (("rtn", "nearest"), ("sr", "stochastic"))
+        ]
+    return rows
