@@ -93,11 +93,11 @@ def scale_by_adam_low_precision(
                 return jnp.zeros(p.shape, jnp.float32)
             return jnp.zeros_like(p, jnp.float32)  # with the sharding of p
 
-        start = jax.tree.map(zeros, params, is_leaf=_is_qtensor)
-        key = jax.random.key(seed)
-        return AdamLowPrecisionState(
-            jnp.zeros([], jnp.int32), _store(start, m, key), _store(start, v, key)
-        )
+        def start(dtype):  # buffers of its own for each moment: a step that donates needs them
+            tree = jax.tree.map(zeros, params, is_leaf=_is_qtensor)
+            return _store(tree, dtype, jax.random.key(seed))
+
+        return AdamLowPrecisionState(jnp.zeros([], jnp.int32), start(m), start(v))
 
     def update_fn(updates, state, params=None):
         del params

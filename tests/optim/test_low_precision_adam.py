@@ -264,3 +264,10 @@ def test_sharded_training_is_that_of_one_device(train_step):
     # rounding once in 2**20 or so; 2,048 weights, two steps.
     for a, e in zip(jax.tree.leaves(across), jax.tree.leaves(alone), strict=True):
         assert np.mean(np.asarray(a, np.float32) != np.asarray(e, np.float32)) < 0.01
+
+
+def test_the_moments_share_no_buffer():
+    # A step that donates its state may not be handed one buffer twice.
+    state = scale_by_adam_low_precision(m="float32", v="float32").init({"w": jnp.ones(4)})
+    donate = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    assert float(donate(state).m["w"][0]) == 1
