@@ -1,4 +1,4 @@
-"""The README's code runs as printed, and the files and commands that it names exist."""
+"""The code in README and docs runs as printed, and the files and commands they name exist."""
 
 import importlib.util
 import pathlib
@@ -7,32 +7,43 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_there_are_snippets():
-    assert SNIPPETS
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.strip().splitlines()[0][:40])
-def test_snippet_runs_as_printed(snippet, tmp_path, monkeypatch):
+WITH_CODE = [page for page in PAGES if blocks(page)]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+    namespace = {"__name__": "__main__"}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
 
 
-def test_every_path_that_the_readme_names_exists():
+def test_there_is_a_guide_for_each_way_of_building_a_loop():
+    assert {"README.md", "plain_jax.md", "flax_nnx.md"} <= {page.name for page in WITH_CODE}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page):
+    text = page.read_text()
     named = re.findall(
-        r"`((?:lowbit_jax|pallas_kernels|configs|scripts|tests|docs)/[\w./-]+)`", README
+        r"`((?:lowbit_jax|pallas_kernels|configs|scripts|tests|docs)/[\w./-]+)`", text
     )
-    links = re.findall(r"\]\((?!http)([\w./-]+)\)", README)
-    missing = [path for path in {*named, *links} if not (ROOT / path).exists()]
-    assert named
+    links = re.findall(r"\]\((?!http|#)([\w./-]+)\)", text)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    missing += [link for link in links if not (page.parent / link).exists()]
     assert not missing
 
 
-def test_every_config_that_the_readme_runs_can_be_built():
-    configs = set(re.findall(r"scripts/pretrain\.py (configs/\w+\.py)", README))
+def test_every_config_that_a_page_runs_can_be_built():
+    text = "".join(page.read_text() for page in PAGES)
+    configs = set(re.findall(r"scripts/pretrain\.py (configs/\w+\.py)", text))
     assert configs
     for path in configs:
         spec = importlib.util.spec_from_file_location("config", ROOT / path)
