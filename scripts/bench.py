@@ -43,7 +43,7 @@ def main(
     )
     baseline = None
     for name in recipes:
-        dot = functools.partial(quantized_dot, recipe=get_recipe(name))
+        dot = functools.partial(quantized_dot, recipe=get_recipe(name), key=jax.random.key(3))
 
         def train(x, w, g, dot=dot):
             y, gradients = jax.vjp(dot, x, w)

@@ -9,7 +9,7 @@ from flax import linen as nn
 from lowbit_jax.models.llama import Llama, LlamaConfig, llama_rules
 from lowbit_jax.numerics import dequantize, quantize
 from lowbit_jax.numerics.presets import PRESETS
-from lowbit_jax.numerics.scales import POWER_OF_TWO_RULES
+from lowbit_jax.numerics.spec import POWER_OF_TWO_RULES
 from lowbit_jax.ops import dispatch, recipes
 from lowbit_jax.ops.attention import attention
 from lowbit_jax.ops.quantized_dot import quantized_dot
@@ -39,20 +39,25 @@ def on_both(fn, *args):
 def test_quantizes_as_the_cpu_does(name, dtype):
     spec = PRESETS[name]
     x = normal((512, 1024), dtype)
-    cpu, gpu = on_both(lambda x: quantize(x, spec), x)
+    cpu, gpu = on_both(lambda x: quantize(x, spec, key=jax.random.key(0)), x)
     if spec.scale in POWER_OF_TWO_RULES:
         assert_bitwise_equal(gpu, cpu)  # Exact: shifts and multiplications by powers of two.
         return
     # Bound: a float32 division or square root on the GPU may miss the nearest number by one unit.
+    # Where rounding is random, the random bits fall between two such results once in 2**18 times.
     scales = [np.asarray(q.scales, np.float32) for q in (gpu, cpu)]
-    np.testing.assert_allclose(*scales, rtol=2**-22)
+    turned = np.abs(scales[0] - scales[1]) > 2**-22 * np.abs(scales[1])
+    assert turned.sum() <= (8 if spec.rounding == "eden" else 0)
     # So an entry may round the other way only where both ways are equally far, to 2**-20.
     x = np.asarray(x, np.float64)
     misses = [
         np.abs(x - np.asarray(dequantize(jax.tree.map(jnp.asarray, q)), np.float64))
         for q in (gpu, cpu)
     ]
-    assert np.all(np.abs(misses[0] - misses[1]) <= 2**-20 * np.abs(x).max(-1, keepdims=True))
+    turned = np.abs(misses[0] - misses[1]) > 2**-20 * np.abs(x).max(-1, keepdims=True)
+    # Statistical: 2 of 2**19 entries are expected to turn, 20 in less than 1 of 10**12 runs. Under
+    # "eden", 8 blocks of 16 (2**15 scales are drawn, 1 in 8 runs turns one of them).
+    assert turned.sum() <= {"nearest": 0, "stochastic": 20, "eden": 8 * 16}[spec.rounding]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)

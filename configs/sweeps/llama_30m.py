@@ -65,8 +65,6 @@ def get_rows(tokens: float = 30e6, seeds: int = 3, decisive: bool = False) -> li
     add(group, "fp8_tensorwise", "bf16")
     add(group, "fp8_tensorwise_e4m3", "bf16")
     add(group, "mxfp8", "bf16")
-    add(group, "mxfp4_forward", "bf16")
-    add(group, "nvfp4_forward", "bf16", "+0.0610 (3B)")
 
     group = "Integers: to nearest, QuEST without and with Hadamard"
     for bits, rtn, plain, quest in (

@@ -90,7 +90,7 @@ def gradient_to_master(
       NotImplementedError: As `quantize_weight`.
 
     References:
-      Panferov et al., QuEST, arXiv:2502.05003, section 3; Castro et al., Quartet, arXiv:2505.14669.
+      Panferov et al., QuEST, arXiv:2502.05003; Castro et al., Quartet, arXiv:2505.14669.
     """
     if recipe.y_w is None:
         return g

@@ -12,7 +12,7 @@ from .conftest import CONFIG, SMALL, state_of
 
 STEPS = 120  # a checkpoint every 30
 # The kill comes before the recipe changes or after it, and always after a checkpoint from before.
-KNOBS = {**SMALL, "steps": STEPS, "recipe_schedule": ("50:rtn_w4a4",)}
+KNOBS = {**SMALL, "steps": STEPS, "recipe_schedule": ("50:bf16",)}
 
 
 def rows_of(run_dir):
