@@ -1,6 +1,6 @@
 """Byte-level toy: low-bit training methods side by side, at 2 bits, on two CPU cores.
 
-Llama of 0.5M parameters on the bundled Moby-Dick, W2A2 for the integer methods: 400 steps of 8 x
+Llama of 0.5M parameters on the bundled Moby-Dick, W2A2 for the integer methods: 300 steps of 8 x
 128 bytes a run. At this peak learning rate the losses of three seeds of BF16 spread by 0.009 nats,
 at 4e-3 by 0.03, which hides most of what is compared here; rows of one seed are worth no more.
 
@@ -10,7 +10,7 @@ at 4e-3 by 0.03, which hides most of what is compared here; rows of one seed are
 from lowbit_jax.train import Row
 
 
-def get_rows(steps: int = 400) -> list[Row]:
+def get_rows(steps: int = 300) -> list[Row]:
     """Rows of this sweep.
 
     Args:
