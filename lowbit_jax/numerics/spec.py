@@ -66,7 +66,8 @@ class QuantSpec:
         elements to nearest and the E4M3 scales stochastically (`lowbit_jax.numerics.eden`), for
         data under a fresh random rotation. The last two need a key. Stochastic rounding is
         unbiased where nothing clips: under `absmax_floor43` and `absmax_ceil`, and under the E4M3
-        rule with a margin of 17/16.
+        rule with a margin of 17/16 while the scale is a normal number (blocks below some 3e-5 of
+        the array's abs-max have subnormal ones, which round more coarsely).
       margin: The outermost level stands for `margin` times the block's abs-max. Above 1 leaves
         room for the rounding of the scale: E4M3 rounds down by 16/17 at most. Below 1 clips on
         purpose. For `absmax` and the E4M3 rules.

@@ -35,7 +35,8 @@ class DotRecipe:
       clip_scale: Threshold of the estimator "clipped", in units of the outermost level.
       requantize: Whether `dx_w` and `dw_x` quantize what the forward product used, that is, for
         the second time. False: they quantize the operand as it was before (in the basis of
-        `rotation`), which is then kept for the backward pass in the compute dtype.
+        `rotation`), which is then kept for the backward pass: rotated, in the compute dtype, or
+        the argument itself.
       rotates_dx: Whether `backward_rotation` applies to `dx` as well; False: to `dw` alone.
       name: What it is called in tables. Recipes of other names and equal fields are equal.
 

@@ -9,7 +9,8 @@ and once more where activations are recomputed. They change only between steps. 
 
 gives the products and gradients of `quantized_dot(x, w, recipe)`, up to the order of float32 sums:
 mask and rotation back are linear in the gradient, so that they can wait for its sum over
-micro-batches. `lowbit_jax.optim.quartet` does it for trees of parameters.
+micro-batches. Weights that are rounded at random are drawn once a step here, and once a micro-batch
+there. `lowbit_jax.optim.quartet` does it for trees of parameters.
 """
 
 import dataclasses

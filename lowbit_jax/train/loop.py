@@ -278,8 +278,8 @@ class _Run:
         self.throughput.pause()
         if evaluation is not None and not math.isfinite(evaluation.loss):
             raise Diverged(
-                f"train: the validation loss after step {step} is {evaluation.loss}, parameters"
-                f" that are not finite: {nonfinite_leaves(state.params)[:3]}; the checkpoints in"
+                f"train: the validation loss after step {step} is not finite ({evaluation.loss});"
+                f" bad parameters: {nonfinite_leaves(state.params)[:3]}; the checkpoints in"
                 f" {self.run.checkpoints} are from before."
             )
         if evaluation is not None and step not in self.validated:

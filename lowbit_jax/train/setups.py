@@ -178,7 +178,12 @@ def parse_rules(recipe: str, rules: Sequence[str] = ()) -> RecipeRules:
                 " layers/mlp/down_proj/weight=fp8_tensorwise."
             )
         pairs.append((pattern, get_recipe(name)))
-    resolve_recipes(tuple(pairs), QUANTIZABLE_PATHS)  # a pattern that matches nothing
+    try:
+        resolve_recipes(tuple(pairs), QUANTIZABLE_PATHS)  # a pattern that matches nothing
+    except re.error as error:
+        raise ValueError(
+            f"rules: each pattern must be a regular expression, got {error.pattern!r} ({error})."
+        ) from error
     return (*pairs, *llama_rules(get_recipe(recipe)))
 
 

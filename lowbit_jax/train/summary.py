@@ -237,7 +237,7 @@ def quantization_error(model: Llama, params: PyTree) -> float | None:
 def _error_squares(w, projection):
     return jax.jit(
         lambda w: (jnp.sum(jnp.square(w - projection(w))), jnp.sum(jnp.square(w)))
-    )(w)  # fmt: skip
+    )(w.astype(jnp.float32))  # fmt: skip
 
 
 def _sample(config: Config, params: PyTree, generate: Callable[..., Any]) -> str:

@@ -144,7 +144,7 @@ def sweep(
         row_speeds = {
             row.speed_key: measured[row.name, 0]["tokens_per_s"]
             for row in rows
-            if (row.name, 0) in measured
+            if "tokens_per_s" in measured.get((row.name, 0), {})  # it may have diverged
         }
         text = results_markdown(title, rows, shown, row_speeds)
         write_atomically(options.out / "results.md", text)

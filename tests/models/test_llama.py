@@ -15,6 +15,7 @@ from lowbit_jax.models import (
     Llama,
     LlamaConfig,
     count_params,
+    linear,
     llama_rules,
     logical_axes,
     recipe_table,
@@ -224,6 +225,30 @@ def test_random_recipes_draw_one_key_a_layer_however_layers_run(params, tokens):
     q = "q_proj"
     a, b, c = (x["layers"]["attention"][q]["weight"] for x in (a, b, c))
     assert jnp.linalg.norm(a - b) < 0.01 * jnp.linalg.norm(a - c)
+
+
+@jax.custom_vjp
+def product_that_shows_its_key(x, w, key):
+    """`x w^T`; the gradient of every entry of `w` is one number drawn from the key."""
+    return x @ w.T
+
+
+product_that_shows_its_key.defvjp(
+    lambda x, w, key: (x @ w.T, (w, key)),
+    lambda saved, g: (g @ saved[0], jnp.full_like(saved[0], jax.random.uniform(saved[1])), None),
+)
+
+
+def test_every_matrix_of_every_layer_draws_from_a_key_of_its_own(params, tokens, monkeypatch):
+    def product(x, w, recipe, *, key):
+        return product_that_shows_its_key(x, w, key)
+
+    monkeypatch.setattr(linear, "quantized_dot", product)
+    model, rngs = Llama(with_recipe(ROUNDED_GRADIENTS)), {"quantize": jax.random.key(5)}
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens, rngs=rngs))))
+    layers = traverse_util.flatten_dict(gradient(params)["layers"], sep="/")
+    drawn = [layers[path.removeprefix("layers/")][:, 0, 0] for path in QUANTIZABLE_PATHS]
+    assert len(np.unique(drawn)) == 7 * CONFIG.n_layers
 
 
 def test_a_random_recipe_without_a_key_says_so(params, tokens):

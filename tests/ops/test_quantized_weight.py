@@ -55,14 +55,18 @@ def in_advance(x, w, g, recipe):
 CASES = [
     *(("quest_w4a4", "float32"), ("quest_w1a1", "float32"), ("fp8_tensorwise", "bfloat16")),
     *(("int4_weights", "bfloat16"), ("mxfp8", "float32"), ("quartet_rtn", "float32")),
-    *(("nvfp4_nvidia", "bfloat16"), ("quest_w2a16", "bfloat16")),
+    *(("nvfp4_nvidia", "bfloat16"), ("quest_w2a16", "bfloat16"), ("of the originals", "float32")),
 ]
+# Rotated in all products, and backward from the originals; of MXFP8 the numbers do not show it,
+# for values on its grid along one axis are nearly all on that along the other.
+OF_THE_ORIGINALS = dataclasses.replace(get_recipe("quartet_rtn"), requantize=False)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_products_and_gradients_are_those_of_the_layer(arrays, name, dtype):
     x, w, g = arrays
-    arguments = x.astype(dtype), w, g.astype(dtype), get_recipe(name)
+    recipe = OF_THE_ORIGINALS if name == "of the originals" else get_recipe(name)
+    arguments = x.astype(dtype), w, g.astype(dtype), recipe
     expected, actual = in_layer(*arguments), in_advance(*arguments)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
     for a, e, terms in zip(actual, expected, (K, N, T), strict=True):

@@ -127,7 +127,8 @@ def test_a_text_composes_products():
     assert backward.rotation_of("y") is None
     assert backward.estimator == "straight_through"
     # Each product from elsewhere is the elsewhere.
-    assert get_recipe("bf16:dw=quartet2,y=quartet2,dx=quartet2") == recipes.QUARTET2
+    for name in ("quartet2", "nvfp4_nvidia", "mxfp8"):
+        assert get_recipe(f"bf16:dw={name},y={name},dx={name}") == get_recipe(name)
     mixed = get_recipe("quest_w4a4:dx=fp8_tensorwise,dw=fp8_tensorwise")
     gradients, quest = str(recipes.FP8_TENSORWISE.dx_g), str(recipes.QUEST_W4A4.y_w)
     assert formats(mixed) == [(quest, quest), (gradients, quest), (gradients, quest)]

@@ -671,6 +671,19 @@ def test_leaves_without_gradient_keep_weight_and_moments():
     )
 
 
+def test_leaves_and_layers_draw_different_bits():
+    spec = dataclasses.replace(FP8_E4M3, rounding="stochastic")
+    weight = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (32, 64)), (2, 32, 64))
+    params = quantize_leaves({"a": weight, "b": weight}, FP8_E4M3)
+    tx = scale_by_eco(spec, 1e-2)
+    gradients = jax.tree.map(jnp.ones_like, dequantize_leaves(params))
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    stepped = dequantize_leaves(apply_updates_low_precision(params, updates))
+    layers = [leaf[layer] for leaf in stepped.values() for layer in range(2)]
+    for i, x in enumerate(layers):
+        assert all(jnp.any(x != y) for y in layers[:i])  # alike bits would give alike weights
+
+
 def test_moments_in_bfloat16_are_unbiased():
     params = {"weight": jnp.linspace(-1.0, 1.0, 128)}
     gradient = {"weight": jnp.linspace(0.1, 2.0, 128)}

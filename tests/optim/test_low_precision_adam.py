@@ -143,6 +143,24 @@ def test_rounding_errors_of_moments_are_independent_over_time():
     assert jnp.mean(jnp.abs(mean_moment(gradient, True) - gradient) > allowed) > 0.5
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "e4m3"])
+def test_leaves_layers_and_steps_draw_different_bits(kind):
+    gradient = jnp.broadcast_to(normal((8, 128)), (2, 8, 128))
+    tx = scale_by_adam_low_precision(m=MOMENTS[kind])
+    params = {"a": gradient, "b": gradient}
+    start = tx.init(params)
+    drawn = []
+    for count in range(2):  # of the same moments
+        _, state = tx.update(params, start._replace(count=jnp.int32(count)))
+        trees = [state.m] if kind == "e4m3" else [state.m, state.v]
+        drawn += [np.asarray(x) for tree in trees for x in
+                  jax.tree.leaves(dequantize_leaves(tree))]  # fmt: skip
+    layers = [x[layer].astype(np.float32) for x in drawn for layer in range(2)]
+    for i, x in enumerate(layers):
+        # Statistical: values between two steps of the grid; alike bits would give alike arrays.
+        assert all(np.any(x != y) for y in layers[:i])
+
+
 def test_a_bfloat16_second_moment_decays_on_average():
     b2, steps, lanes = 0.999, 500, 4096
     tx = scale_by_adam_low_precision(b2=b2)

@@ -92,7 +92,9 @@ def test_a_validation_loss_that_is_not_finite_names_the_parameter(config, tmp_pa
         config, optimizer=optax.chain(config.optimizer, poison_update(24)), eval_batches=1,
         final_eval_batches=1, eval_interval=100,
     )  # fmt: skip
-    with pytest.raises(Diverged, match=r"after step 24 is nan.*layers/mlp/up_proj/weight"):
+    with pytest.raises(
+        Diverged, match=r"after step 24 is not finite \(nan\).*layers/mlp/up_proj/weight"
+    ):
         train_quietly(poisoned, tmp_path / "run")
 
 

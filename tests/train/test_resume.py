@@ -45,7 +45,7 @@ def test_killed_and_interrupted_runs_end_bit_for_bit_where_an_unbroken_one_does(
     knobs = []
     for key, value in KNOBS.items():
         knobs += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
-    command = [CONFIG, *knobs, "--run-dir"]
+    command = [CONFIG, *knobs, "--no-sample", "--run-dir"]
     assert pretrain.run(*command, "unbroken") == 0, pretrain.printed
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
 

@@ -133,6 +133,7 @@ def test_a_later_recipe_keeps_the_rules():
     [
         ({"rules": ("fp8_tensorwise",)}, "each must be PATTERN=RECIPE, got 'fp8_tensorwise'"),
         ({"rules": ("layers/dwn=bf16",)}, "got 'layers/dwn', which matches none of"),
+        ({"rules": ("layers/(=bf16",)}, r"must be a regular expression, got 'layers/\('"),
         ({"rules": (f"{DOWN}=fp9",)}, "no recipe 'fp9'"),
         ({"recipe_schedule": ("bf16",)}, "each entry must be STEP:RECIPE, got 'bf16'"),
         ({"recipe_schedule": ("-1:bf16",)}, "each entry must be STEP:RECIPE, got '-1:bf16'"),

@@ -177,6 +177,24 @@ def test_weights_quantized_once_a_step_give_the_gradients_of_the_layers(micro_ba
     np.testing.assert_allclose(b.grad_norm, a.grad_norm, rtol=tolerance)
 
 
+def test_weights_quantized_once_a_step_draw_new_bits_every_step():
+    recipe, tx = get_recipe("fp8_weights_sr"), optax.sgd(0.0)
+
+    def loss_fn(params, batch, key):  # its own bits are the same every time
+        y = quantized_dot(batch[0], params["head"]["weight"], recipe, key=jax.random.key(0))
+        return jnp.mean(jnp.square(y - batch[1]))
+
+    plan = StepPlan(needs_key=True, weights_once=(("head/weight", recipe),))
+    step_fn = make_train_step(loss_fn, tx, plan)
+
+    def loss_at(step):
+        state = create_state(make_params(), tx)._replace(step=jnp.int32(step))
+        return float(step_fn(state, make_batch(0))[1].loss)
+
+    assert loss_at(0) == loss_at(0)
+    assert len({loss_at(step) for step in range(4)}) == 4
+
+
 def quantizers(jaxpr, inside_scan=False):
     """For each equation of a quantizer, whether it is in a loop."""
     for eqn in jaxpr.eqns:

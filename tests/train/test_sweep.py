@@ -253,6 +253,12 @@ def test_branches_share_a_base_that_runs_first_and_only_if_it_is_needed(sweeps):
     assert sweeps.run(rows).succeeded == ()
 
 
+def test_a_base_that_was_stopped_on_its_way_goes_on_before_others_branch_off(sweeps):
+    (sweeps.folder / "runs" / "base-s0" / "checkpoints" / "step_00000003").mkdir(parents=True)
+    report = sweeps.run(branching_rows(sweeps), only="weak")
+    assert report.succeeded == ("base-s0", "weak-s0")
+
+
 def test_what_waits_for_a_failed_base_fails_with_it(sweeps):
     report = sweeps.run(branching_rows(sweeps, "crash"))
     assert report.succeeded == ("alone-s0",)
@@ -331,6 +337,14 @@ def test_speed_is_measured_once_for_each_kind_of_step_and_shown_in_the_table(swe
     assert sweeps.run(rows, measure_speed=True).succeeded == ()
     sweeps.run(rows, only="x")
     assert "| x | 3.0500 (2 seeds) |  |  | 1.200 |  | 2,500 |" in sweeps.table
+
+
+def test_a_row_that_diverges_while_its_speed_is_measured_has_none(sweeps):
+    rows = [sweeps.row("wild", "diverge"), sweeps.row("x")]
+    report = sweeps.run(rows, measure_speed=True)
+    assert (report.succeeded, list(report.errors)) == (("x-s0",), ["wild-s0"])
+    assert "| x | to be run |  |  |  |  | 2,500 |" in sweeps.table
+    assert "| wild | to be run |  |  |  |  |  |" in sweeps.table
 
 
 def test_strengths_of_cage_have_one_speed_and_none_another():
