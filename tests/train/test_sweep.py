@@ -438,7 +438,7 @@ def test_eco_arms_of_the_toy_are_configs_that_build(monkeypatch):
     arms = [row for row in rows if row.arguments.get("optimizer") in ("eco", "naive")]
     assert len(arms) == 8
     for row in arms:
-        assert get_config(**row.arguments).steps == 400
+        assert get_config(**row.arguments).steps == row.arguments["steps"]
 
 
 def test_the_30m_sweep_branches_where_cage_sets_in_and_shortens_to_the_decisive_rows(monkeypatch):
