@@ -17,7 +17,10 @@ def main(arguments: list[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Diverged, OSError) as error:  # OSError: the disk is full, for example
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # the disk is full, for example
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as stopped:

@@ -72,7 +72,7 @@ def run_jobs(
     console: Console,
     time_limit_s: float | None = None,
     on_success: Callable[[Job], str] = lambda job: "",
-    on_error: Callable[[Job, str], None] = lambda job, error: None,
+    on_error: Callable[[Job, str, int | None], None] = lambda job, error, code: None,
 ) -> QueueReport:
     """Runs each job in a session of its own; one that fails stops only those that wait for it.
 
@@ -87,7 +87,8 @@ def run_jobs(
       time_limit_s: Wall-clock seconds, without the saving; None: no limit.
       on_success: Called after a job exited with 0, for a text about it. A ValueError means that
         the job failed all the same.
-      on_error: Called with a job that failed and what it said.
+      on_error: Called with a job that failed, what it said and its exit code, which is None if it
+        was not started and 0 if `on_success` rejected it.
     """
     queue = _Queue(jobs, slots, console, time_limit_s, on_success, on_error)
     with listen_for_signals(queue.say, queue.kill) as stop:
@@ -178,20 +179,20 @@ class _Queue:
             del self.busy[number]
             job, took_s = running.job, time.monotonic() - running.started
             if code != 0:
-                self.fail(job, _last_words(job.log, code))
+                self.fail(job, _last_words(job.log, code), code)
                 continue
             try:
                 said = self.on_success(job)
             except ValueError as error:  # it has not left what it should have
-                self.fail(job, str(error))
+                self.fail(job, str(error), code)
                 continue
             self.succeeded.append(job.name)
             self.times_s.append(took_s)
             self.say(self.line(job.name, took_s, said))
 
-    def fail(self, job: Job, error: str) -> None:
+    def fail(self, job: Job, error: str, code: int | None = None) -> None:
         self.errors[job.name] = error
-        self.on_error(job, error)
+        self.on_error(job, error, code)
         self.say(f"[{self.ended}/{self.total}] {job.name} failed: {error} (see {job.log})")
         for other in [other for other in self.waiting if other.waits_for == job.name]:
             self.waiting.remove(other)

@@ -40,7 +40,13 @@ Generate = Callable[..., Any]
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient was not finite; the message names the step and the tensor."""
+    """A loss or gradient was not finite; the message names the step and the tensor.
+
+    Attributes:
+      exit_code: Of a script that ends so, by which a sweep tells it from other failures.
+    """
+
+    exit_code = 3
 
 
 def train(

@@ -1,6 +1,7 @@
 """From plain knobs, as a command line has them, to recipes, optimizer and storage of a run."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -109,6 +110,10 @@ def training_setup(
     ):
         if value not in legal:
             raise ValueError(f"training_setup: {name} must be one of {legal}, got {value!r}.")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(
+            f"training_setup: weight_decay must be finite and at least 0, got {weight_decay}."
+        )
     cast = None if param_dtype == "float32" else _to_bfloat16
     all_rules = (in_force, *(later for _, later in schedule))
     if optimizer == "adamw":
@@ -226,10 +231,13 @@ def _scale_by_adam(moments: str, param_dtype: str, seed: int) -> optax.GradientT
 
 def _weight_spec(name: str, rounding: str) -> QuantSpec:
     specs = {"fp8": FP8_WEIGHTS.y_w, "int4": INT4_WEIGHTS.y_w}
-    spec = specs.get(name) or PRESETS.get(name.upper())
+    # "eden" is unbiased under a fresh rotation alone, and stored weights have none.
+    usable = {n.lower(): spec for n, spec in PRESETS.items() if spec.rounding != "eden"}
+    specs |= {n: spec for n, spec in usable.items() if n not in specs}
+    spec = specs.get(name.lower())
     if spec is None:
         raise ValueError(
-            f"training_setup: weights must be one of {', '.join([*specs, *PRESETS])}, got {name!r}."
+            f"training_setup: weights must be one of {', '.join(specs)}, got {name!r}."
         )
     return dataclasses.replace(spec, rounding=rounding)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from lowbit_jax.train.checkpoint import write_atomically
 from lowbit_jax.train.config import UsageError, load_config_file, parse_knobs
 from lowbit_jax.train.job_queue import Job, QueueReport, Slot, run_jobs
+from lowbit_jax.train.loop import Diverged
 from lowbit_jax.train.sweep_plan import Plan
 from lowbit_jax.train.sweep_results import (
     Records,
@@ -159,9 +160,10 @@ def sweep(
         loss, speed = record["validation_loss"], record["tokens_per_s"]
         return f"{speed or 0:,.0f} tokens/s" if loss is None else f"loss {loss:.4f}"
 
-    def on_error(job: Job, error: str) -> None:
+    def on_error(job: Job, error: str, code: int | None) -> None:
         run = plan.by_name[job.name]
-        if "is not finite" in error and run.row.has_result:  # it would diverge again: a result too
+        # It would diverge again, so that is a result too.
+        if code == Diverged.exit_code and run.row.has_result:
             valid[run.key] = {**plan.identity(run), "error": error}
             write()
 

@@ -144,7 +144,9 @@ def test_a_later_recipe_keeps_the_rules():
         ({"optimizer": "eco", "recipe_schedule": ("5:int4_weights",)}, "again, got int4_weights"),
         ({"optimizer": "naive", "cage_total_strength": 1.0}, "got cage_total_strength=1.0"),
         ({"optimizer": "eco", "moments": "e4m3"}, "needs more bits, got moments 'e4m3'"),
-        ({"optimizer": "eco", "weights": "int5"}, "weights must be one of fp8, int4, INT2"),
+        ({"optimizer": "eco", "weights": "int5"}, "weights must be one of fp8, int4, int2"),
+        ({"optimizer": "eco", "weights": "nvfp4_eden_128"}, "got 'nvfp4_eden_128'"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite and at least 0, got nan"),
     ],
 )
 def test_knobs_that_cannot_be_are_refused(knobs, said):

@@ -54,7 +54,7 @@ PRETRAIN = textwrap.dedent("""
         sys.exit(1)
     if recipe == "diverge":
         print("error: train: step 3 is not finite in w.")
-        sys.exit(1)
+        sys.exit(3)
     if recipe == "mute":
         sys.exit(7)
     if base is not None:
