@@ -6,7 +6,6 @@ a float8 cast gives NaN or infinity, we saturate.
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -15,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, UInt32
 
 from lowbit_jax.numerics.floats import float_bits, floor_log2, power_of_two
 from lowbit_jax.numerics.formats import E4M3, E5M2, Format
+from lowbit_jax.numerics.random_bits import random_bits
 
 _FLOAT16 = Format("float16", "float", 16, 65504.0, np.dtype(np.float16), 5, 10, 15)
 # The narrow floats that the casts know, but bfloat16, whose steps float32 does not hold.
@@ -81,14 +81,14 @@ def stochastic_round(
     Args:
       x: In units of the scale, any float dtype; finite.
       format: The grid.
-      key: One random key; every element draws its own 32 bits.
+      key: One random key; every element has its own 32 bits, see `random_bits`.
 
     Returns:
       Levels in float32, same shape.
     """
     y = jnp.clip(jnp.asarray(x, jnp.float32), format.min, format.max)
     magnitude = jnp.abs(y)
-    bits = jax.random.bits(key, y.shape, jnp.uint32)
+    bits = random_bits(key, y.shape)
     # The magnitude is rounded, not y: a tiny negative y has no exact distance to the level below.
     if format.kind == "float":
         step, inverse_step = _float_steps(y, format)
@@ -143,7 +143,7 @@ def stochastic_cast(
 def _stochastic_bfloat16(x, key):
     """Adds 16 random bits below the mantissa that stays and cuts: exact in every binade."""
     bits = float_bits(x)
-    magnitude = (bits & 0x7FFFFFFF) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.int32)
+    magnitude = (bits & 0x7FFFFFFF) + (random_bits(key, x.shape) >> 16).astype(jnp.int32)
     magnitude = jnp.minimum(magnitude >> 16, 0x7F7F)
     sign = jnp.where(bits < 0, 0x8000, 0)
     return lax.bitcast_convert_type((magnitude | sign).astype(jnp.uint16), jnp.bfloat16)
