@@ -1,4 +1,4 @@
-"""Bitwise comparison that names the first difference, and timing of queued device work."""
+"""Bitwise comparison, timing of queued device work, and kernels interpreted on the CPU."""
 
 import dataclasses
 import statistics
@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from pallas_kernels.compat import interpreter, races_found
 
 
 def assert_bitwise_equal(actual: Any, expected: Any) -> None:
@@ -69,3 +71,15 @@ def time_device(
         jax.block_until_ready(out)
         seconds.append((time.perf_counter() - start) / calls)
     return Timing(statistics.median(seconds), min(seconds), max(seconds))
+
+
+def run_interpreted(fn: Callable[..., Any], *args: Any, num_cores: int = 2) -> Any:
+    """`jax.jit(fn)(*args)` with Mosaic kernels interpreted on the CPU; `fn` passes interpret=True.
+
+    Raises:
+      AssertionError: If two threads raced for memory.
+    """
+    with interpreter(num_cores):
+        out = jax.block_until_ready(jax.jit(fn)(*args))
+    assert not races_found(), "the interpreter saw a race"
+    return out

@@ -1,0 +1,178 @@
+import dataclasses
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowbit_jax.numerics import (
+    E2M1,
+    MXFP4,
+    MXFP4_FITTED_ALIGNED,
+    PRESETS,
+    QUEST_INT4,
+    QuantSpec,
+    dequantize,
+    integer,
+    quantize,
+)
+from pallas_kernels.folded import fold, foldable, pack_mask, row_scales, unfold, unpack_mask
+from pallas_kernels.testing import assert_bitwise_equal
+
+SPECS = {name: spec for name, spec in PRESETS.items() if foldable(spec) is None} | {
+    "MXINT4": QuantSpec(integer(4), 32, "absmax_ceil"),
+    "INT5 rows": QuantSpec(integer(5), None),
+    "MXINT4 full": QuantSpec(integer(4, is_full_range=True), 32, "absmax_floor"),
+}
+
+
+def rows_of_all_sizes(rows=8, c=128, seed=0):
+    x = jax.random.normal(jax.random.key(seed), (rows, c))
+    return x * 2.0 ** jnp.arange(-rows // 2, rows // 2)[:, None] ** 3
+
+
+def one_zero(x):
+    return np.asarray(x) + 0.0  # -0 + 0 = 0
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def quantized(x, spec):
+    return quantize(x, spec, key=jax.random.key(1))
+
+
+fold_jit = jax.jit(fold)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_unfolded_is_dequantized(name):
+    q = quantized(rows_of_all_sizes(), SPECS[name])
+    folded = fold_jit(q)
+    # Exact: powers of two moved between codes and scales; one global scale is multiplied last.
+    assert_bitwise_equal(one_zero(unfold(folded)), one_zero(dequantize(q)))
+    assert jnp.isfinite(folded.values.astype(jnp.float32)).all()
+
+
+def test_the_presets_of_this_library_that_fold_are_these():
+    assert set(SPECS) & set(PRESETS) == {
+        *("MXFP4", "MXFP4_FITTED", "MXFP4_FITTED_ALIGNED", "MXFP4_FITTED_STOCHASTIC"),
+        *("QUEST_MXFP4", "QUEST_MXFP4_FLOOR", "FP8_E4M3", "FP8_E4M3_TENSOR"),
+        *("QUEST_INT1", "QUEST_INT2", "QUEST_INT3", "QUEST_INT4"),
+    }
+
+
+def test_the_largest_block_reaches_for_the_top_of_e4m3():
+    x = jnp.zeros((1, 64)).at[0, 0].set(6.0).at[0, 32].set(3.0)
+    folded = fold_jit(quantized(x, MXFP4))
+    assert folded.values[0, 0] == 6 * 2**6
+    assert folded.values[0, 32] == 6 * 2**5
+    assert folded.scales == 2.0**-6
+
+
+def test_midrise_values_are_odd_integers():
+    folded = fold_jit(quantized(rows_of_all_sizes(), QUEST_INT4))
+    levels = np.unique(folded.values.astype(np.float32))
+    np.testing.assert_array_equal(levels, np.arange(-15, 16, 2))
+
+
+def test_products_of_folded_operands_are_those_of_the_format():
+    """Sums of 128 products of 4-bit values fit float32, so that the product is exact."""
+    a, b = (quantized(rows_of_all_sizes(16, 128, seed), MXFP4) for seed in (0, 1))
+    f, g = fold_jit(a), fold_jit(b)
+    sums = np.asarray(f.values, np.float64) @ np.asarray(g.values, np.float64).T
+    product = sums * np.asarray(f.scales, np.float64)[:, None] * np.asarray(g.scales, np.float64)
+    exact = np.asarray(dequantize(a), np.float64) @ np.asarray(dequantize(b), np.float64).T
+    np.testing.assert_array_equal(product, exact)
+
+
+@pytest.mark.parametrize("binades", [14, 15, 18, 60])
+def test_far_smaller_blocks_round_to_the_smallest_numbers(binades):
+    x = jax.random.uniform(jax.random.key(0), (4, 64), minval=3.0, maxval=6.0)
+    x = x * jnp.where(jnp.arange(64) < 32, 1.0, 2.0**-binades)
+    q = quantized(x, MXFP4)
+    folded = fold_jit(q)
+    # Bound: e4m3 has multiples of 2**-9 at the bottom, to nearest misses by half of one.
+    error = np.abs(np.asarray(unfold(folded)) - np.asarray(dequantize(q)))
+    assert (error[:, :32] == 0).all()
+    assert error.max() <= (0 if binades <= 14 else 2.0**-10 * folded.scales.max())
+
+
+def test_zero_rows_are_zero_and_other_rows_do_not_see_nans():
+    x = rows_of_all_sizes().at[2].set(0).at[3, 5].set(jnp.nan).at[4, 70].set(-jnp.inf)
+    clean = fold_jit(quantized(rows_of_all_sizes(), MXFP4_FITTED_ALIGNED))
+    folded = fold_jit(quantized(x, MXFP4_FITTED_ALIGNED))
+    np.testing.assert_array_equal(np.isnan(folded.scales), np.isin(np.arange(8), [3, 4]))
+    assert (folded.values[2].astype(jnp.float32) == 0).all()
+    assert folded.scales[2] > 0
+    others = np.array([0, 1, 5, 6, 7])
+    rows = [jax.tree.map(lambda a: np.asarray(a)[others], f) for f in (folded, clean)]
+    assert_bitwise_equal(*rows)
+
+
+def test_the_smallest_rows_keep_a_normal_scale():
+    x = jnp.full((1, 32), 2.0**-124)
+    q = quantized(x, MXFP4)
+    folded = fold_jit(q)
+    assert folded.scales[0] == 2.0**-126
+    assert_bitwise_equal(unfold(folded), dequantize(q))
+
+
+def test_a_given_reference_leaves_headroom_or_saturates():
+    x = rows_of_all_sizes()
+    q = quantized(x, MXFP4)
+    own = fold_jit(q)
+    roomy = fold_jit(q, own.scales * 2.0**6 * 4)
+    np.testing.assert_array_equal(np.asarray(unfold(roomy)), np.asarray(unfold(own)))
+    assert jnp.abs(roomy.values.astype(jnp.float32)).max() <= 384 / 4
+    tight = fold_jit(q, own.scales * 2.0**6 / 4).values.astype(jnp.float32)
+    expected = np.clip(np.asarray(own.values, np.float32) * 4, -448, 448)
+    np.testing.assert_array_equal(np.asarray(tight), expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (PRESETS["NVFP4"], "no powers of two"),
+        (PRESETS["INT4"], "no powers of two"),
+        (PRESETS["MXFP6"], "11 binades"),
+        (PRESETS["MXFP8"], "0 binades"),
+        (PRESETS["QUEST_INT5"], "no e4m3 numbers"),
+        (PRESETS["NVFP4_16X16"], "rows share"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fold_says_why(spec, message):
+    assert message in foldable(spec)
+    q = quantized(jnp.ones((16, 128)), spec)
+    with pytest.raises(ValueError, match=message):
+        fold(q)
+
+
+def test_more_axes_are_refused():
+    with pytest.raises(ValueError, match="must be a matrix"):
+        fold(quantized(jnp.ones((2, 2, 32)), MXFP4))
+
+
+def test_row_scales_hand_on_nans():
+    spec = dataclasses.replace(MXFP4, format=E2M1)
+    scales = row_scales(jnp.array([1.0, jnp.nan, 0.0], jnp.float32), spec)
+    np.testing.assert_array_equal(scales, np.array([2.0**-6, np.nan, 2.0**-126], np.float32))
+
+
+pack_jit, unpack_jit = jax.jit(pack_mask), jax.jit(unpack_mask)
+
+
+@hypothesis.given(st.integers(0, 4), st.integers(0, 2), st.integers(0, 31), st.integers(0, 2**31))
+def test_masks_come_back_and_bit_j_is_column_j(r, g, j, seed):
+    mask = np.random.default_rng(seed).random((5, 96)) < 0.5
+    packed = np.asarray(pack_jit(jnp.asarray(mask)))
+    assert packed.shape == (3, 5)
+    assert (packed[g, r] >> j) & 1 == mask[r, 32 * g + j]
+    np.testing.assert_array_equal(unpack_jit(jnp.asarray(packed)), mask)
+
+
+def test_a_mask_of_no_whole_words_is_refused():
+    with pytest.raises(ValueError, match="multiple of 32, got 40"):
+        pack_mask(jnp.ones((2, 40), bool))
