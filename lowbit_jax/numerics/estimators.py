@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
-from lowbit_jax.numerics.quantize import Key, quantize_values, to_units
+from lowbit_jax.numerics.quantize import Factored, Key, quantize_factored, to_units
 from lowbit_jax.numerics.spec import QuantSpec
 
 Estimator = Literal["straight_through", "clipped", "trust"]
@@ -51,11 +51,22 @@ def quantize_and_mask(
     Raises:
       ValueError: As `quantize_values`; or if there is no such estimator.
     """
-    check_estimator(estimator)
-    values, units = quantize_values(x, spec, key=key)
-    if estimator == "straight_through":
-        return values, None
-    return values, _mask(units, spec, estimator, clip_scale)
+    factored, mask = factored_and_mask(x, spec, estimator, clip_scale, key=key)
+    return factored.multiply(), mask
+
+
+def factored_and_mask(
+    x: Shaped[ArrayLike, "..."],
+    spec: QuantSpec,
+    estimator: Estimator,
+    clip_scale: float = 1.0,
+    *,
+    key: Key = None,
+) -> tuple[Factored, Bool[Array, "..."] | None]:
+    """`quantize_and_mask` with the values in two factors, for products that scale their result."""
+    bound = mask_bound(spec, estimator, clip_scale)
+    factored, units = quantize_factored(x, spec, key=key)
+    return factored, _mask(units, bound)
 
 
 def gradient_mask(
@@ -80,18 +91,26 @@ def gradient_mask(
     Raises:
       ValueError: As `quantize_and_mask`, but for the key.
     """
+    bound = mask_bound(spec, estimator, clip_scale)
+    return None if bound is None else _mask(to_units(x, spec), bound)
+
+
+def mask_bound(spec: QuantSpec, estimator: Estimator, clip_scale: float = 1.0) -> float | None:
+    """The mask is where `|x / scale|` is at most this; None stands for "everywhere".
+
+    Raises:
+      ValueError: If there is no such estimator.
+    """
     check_estimator(estimator)
     if estimator == "straight_through":
         return None
-    return _mask(to_units(x, spec), spec, estimator, clip_scale)
-
-
-def _mask(units, spec, estimator, clip_scale):
     if estimator == "clipped":
-        bound = clip_scale * spec.format.max
-    else:
-        bound = spec.format.max + spec.format.last_step / 2
-    return jnp.abs(units) <= np.float32(bound * _SLACK)
+        return clip_scale * spec.format.max * _SLACK
+    return (spec.format.max + spec.format.last_step / 2) * _SLACK
+
+
+def _mask(units, bound):
+    return None if bound is None else jnp.abs(units) <= np.float32(bound)
 
 
 def check_estimator(estimator: str) -> None:

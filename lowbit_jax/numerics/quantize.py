@@ -34,6 +34,28 @@ from lowbit_jax.numerics.spec import QuantSpec
 Key = PRNGKeyArray | UInt32[Array, "2"] | None
 
 
+class Factored(NamedTuple):
+    """A quantized array as `values * scale`, the factor apart that a row or the whole array shares.
+
+    A product over rows can take the values and multiply its result by the scales. Where the
+    scales of smaller blocks are E8M0 or E4M3, or there are none, the values have so few
+    significant bits that bfloat16 holds them: those of the format, plus 4 under E4M3.
+
+    Attributes:
+      values: `(*batch, k)` float32: levels, times the scales of their blocks unless these are the
+        factor.
+      scale: Float32: `(*batch, 1)` for one scale a row, `(*batch, 1, 1)` for one an array, `()` for
+        a global scale; None stands for 1.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None
+
+    def multiply(self) -> Float[Array, "..."]:
+        """The array, float32."""
+        return self.values if self.scale is None else self.values * self.scale
+
+
 def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -> QTensor:
     """Rounds `x / scale` to the grid of `spec.format`, the scale of each block by `spec.scale`.
 
@@ -53,10 +75,10 @@ def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -
         fill whole bytes, or a spec that needs a key has none.
     """
     x = jnp.asarray(x)
-    grid, _ = _to_grid("quantize", x, spec, key)
+    grid, is_live, _ = _to_grid("quantize", x, spec, key)
     format = spec.format
     codes = encode(grid.levels, format)
-    codes = jnp.where(grid.is_live, codes, 0).astype(jnp.uint8).reshape(x.shape)
+    codes = jnp.where(is_live, codes, 0).astype(jnp.uint8).reshape(x.shape)
     if format.bits < 8:
         codes = pack(codes, format.bits)
     else:
@@ -86,6 +108,11 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
             f"dequantize: dtype must be floating, got {jnp.dtype(dtype)}; the codes themselves are"
             " q.codes."
         )
+    return factor(q).multiply().astype(dtype)
+
+
+def factor(q: QTensor) -> Factored:
+    """The two factors of `dequantize(q)`, which is their product bit for bit."""
     format = q.spec.format
     if format.bits < 8:
         codes = unpack(q.codes, format.bits)
@@ -98,10 +125,8 @@ def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."
             lambda s: jnp.expand_dims(s, axes), (scales, zero_points)
         )
     levels = _to_blocks(decode(codes, format), q.spec)
-    if zero_points is not None:
-        levels = levels - zero_points.astype(jnp.float32)
-    values = multiply_by_scales(levels, scales, q.global_scale)
-    return values.reshape(codes.shape).astype(dtype)
+    grid = _Grid(levels, scales, q.global_scale, zero_points)
+    return _factor(grid, q.spec, codes.shape)
 
 
 def quantize_values(
@@ -122,13 +147,26 @@ def quantize_values(
     Raises:
       ValueError: As `quantize`, whole bytes excepted.
     """
+    factored, units = quantize_factored(x, spec, key=key)
+    return factored.multiply(), units
+
+
+def quantize_factored(
+    x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None
+) -> tuple[Factored, Float[Array, "..."]]:
+    """`factor(quantize(x))` bit for bit, without packing, and the units of `quantize_values`.
+
+    Args:
+      x: `(*batch, k)`, any float dtype; k need not make whole bytes.
+      spec: Target.
+      key: For a spec that needs one.
+
+    Raises:
+      ValueError: As `quantize`, whole bytes excepted.
+    """
     x = jnp.asarray(x)
-    grid, units = _to_grid("quantize_values", x, spec, key)
-    levels = grid.levels
-    if grid.zero_points is not None:
-        levels = levels - grid.zero_points.astype(jnp.float32)
-    values = multiply_by_scales(levels, grid.scales, grid.global_scale)
-    return values.reshape(x.shape), units.reshape(x.shape)
+    grid, _, units = _to_grid("quantize_values", x, spec, key)
+    return _factor(grid, spec, x.shape), units.reshape(x.shape)
 
 
 def to_units(x: Shaped[ArrayLike, "..."], spec: QuantSpec) -> Float[Array, "..."]:
@@ -155,12 +193,23 @@ class _Grid(NamedTuple):
     levels: jax.Array  # in blocks
     scales: jax.Array
     global_scale: jax.Array | None
-    is_live: jax.Array
     zero_points: jax.Array | None
 
 
+def _factor(grid: _Grid, spec: QuantSpec, shape: tuple[int, ...]) -> Factored:
+    levels, scales = grid.levels, grid.scales
+    if grid.zero_points is not None:
+        levels = levels - grid.zero_points.astype(jnp.float32)
+    is_shared = spec.block_size in (None, "tensor") and spec.block_rows == 1
+    if is_shared and scales.dtype == jnp.float32:
+        if spec.block_size is None:
+            scales = scales.squeeze(-1)
+        return Factored(levels.reshape(shape), scales)
+    return Factored(multiply_by_scales(levels, scales, None).reshape(shape), grid.global_scale)
+
+
 def _to_grid(who, x, spec, key):
-    """Blocks of `x` rounded to levels, with their scales, and `x` in units of the scale."""
+    """Blocks of `x` rounded to levels, which are neither zero nor bad, and `x` in their units."""
     _check(who, x, spec)
     _check_key(who, spec, key)
     (scales, global_scale, is_live, zero_points), units = _find_scales(x, spec)
@@ -175,8 +224,8 @@ def _to_grid(who, x, spec, key):
     if spec.gain != 1:
         assert global_scale is not None  # as QuantSpec demands
         global_scale = global_scale * np.float32(spec.gain)
-    grid = _Grid(levels, scales, global_scale, is_live, zero_points)
-    return grid, _mark_non_finite(units, scales)
+    grid = _Grid(levels, scales, global_scale, zero_points)
+    return grid, is_live, _mark_non_finite(units, scales)
 
 
 def _find_scales(x, spec):

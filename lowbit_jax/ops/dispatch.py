@@ -16,6 +16,11 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.numerics import E4M3, E5M2, QuantSpec
 from lowbit_jax.ops.dot_recipe import Product
+from lowbit_jax.rotations import Hadamard, Rotation
+from pallas_kernels import compat, rotate_quantize
+from pallas_kernels.folded import foldable
+from pallas_kernels.rotate_quantize import Target
+from pallas_kernels.scaled_matmul import scaled_matmul
 
 SCOPE = "lowbit"  # first word of the name of the scope round each product; `explain` looks for it
 _SEPARATOR = "|"
@@ -24,11 +29,12 @@ _SEPARATOR = "|"
 class Operand(NamedTuple):
     """One operand of a product `a b^T`, stored with its contraction axis last.
 
-    The array is `values * scale`.
+    The array is `values * scale`. Scales wait for the product's float32 result, so that the
+    values, which have few bits, are not rounded once more.
     """
 
     values: Float[Array, "rows c"]  # in the compute dtype, or float8 codes
-    scale: Float[Array, ""] | None  # float32; only formats with one scale a tensor have one
+    scale: Float[Array, ""] | Float[Array, "rows"] | None  # float32; None: 1
 
 
 class Plan(NamedTuple):
@@ -56,6 +62,10 @@ def choose(
     b: QuantSpec | None,
     implementation: str | None,
     capability: tuple[int, int] | None,
+    *,
+    rotation: Rotation | None = None,
+    is_kept: bool = False,
+    compute_dtype: DTypeLike = jnp.bfloat16,
 ) -> Plan:
     """Chooses the path of the product `a b^T`.
 
@@ -66,6 +76,9 @@ def choose(
       implementation: Name of a path, which is then taken or refused; None: the first path that
         covers the formats and is fast on the device.
       capability: Of the CUDA device; None if there is none.
+      rotation: Of both operands; None for none.
+      is_kept: Whether the second operand is what the forward product used, as it is.
+      compute_dtype: Of what is not quantized, and of the results.
 
     Raises:
       ValueError: If no path has that name.
@@ -73,19 +86,22 @@ def choose(
     """
     if implementation is not None:
         check_implementation(implementation)
-        obstacle = _PATHS[implementation].formats_obstacle(a, b)
+        path = _PATHS[implementation]
+        obstacle = path.formats_obstacle(a, b, rotation, is_kept, jnp.dtype(compute_dtype))
+        obstacle = obstacle or path.device_limit(capability)
         if obstacle:
             raise NotImplementedError(
                 f"quantized_dot: implementation={implementation!r} does not cover the product"
                 f" {product!r} of {describe(a)} and {describe(b)}: {obstacle}; use"
-                " implementation=None or 'dequantize', or the recipe FP8_TENSORWISE."
+                " implementation=None or 'dequantize'."
             )
         return Plan(implementation, "asked for by name")
     if a is None and b is None:
         return Plan("dequantize", "operands not quantized: a plain product")
     obstacles = []
     for name, path in _PATHS.items():
-        obstacle = path.formats_obstacle(a, b) or path.device_obstacle(capability)
+        obstacle = path.formats_obstacle(a, b, rotation, is_kept, jnp.dtype(compute_dtype))
+        obstacle = obstacle or path.device_limit(capability) or path.device_doubt(capability)
         if not obstacle:
             return Plan(name, "; ".join(obstacles) or "formats and device allow it")
         obstacles.append(f"not {name}: {obstacle}")
@@ -114,14 +130,17 @@ def run(
     specs: tuple[QuantSpec | None, QuantSpec | None],
     compute_dtype: DTypeLike,
     out_dtype: DTypeLike,
+    **epilogue,
 ) -> Float[Array, "p q"]:
     """`(a.values a.scale) (b.values b.scale)^T`: sums in float32, then rounded to `out_dtype`.
 
-    Runs under a `jax.named_scope` that carries what `explain` reports.
+    Runs under a `jax.named_scope` that carries what `explain` reports. The path "hopper" takes
+    `mask` and `inverse_hadamard` for `epilogue`, see `scaled_matmul`.
     """
     fields = (f"{SCOPE} {product}", *map(describe, specs), *plan)
     with jax.named_scope(_SEPARATOR.join(fields)):
-        return _PATHS[plan.path].run(a, b, jnp.dtype(compute_dtype), jnp.dtype(out_dtype))
+        run_path = _PATHS[plan.path].run
+        return run_path(a, b, jnp.dtype(compute_dtype), jnp.dtype(out_dtype), **epilogue)
 
 
 class ScopeFields(NamedTuple):
@@ -142,12 +161,37 @@ def parse_scope(name: str) -> ScopeFields | None:
     return ScopeFields(head.removeprefix(f"{SCOPE} "), *rest)
 
 
-def _float8_obstacle(a: QuantSpec | None, b: QuantSpec | None) -> str | None:
+def _hopper_formats(
+    a: QuantSpec | None, b: QuantSpec | None, rotation: Rotation | None, is_kept: bool, dtype
+) -> str | None:
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"activations must be bfloat16 or float32, got {dtype}"
+    if is_kept:
+        return "scales of the forward product run along the sum of this one"
+    if not (rotation is None or isinstance(rotation, Hadamard)):
+        return f"rotations are Hadamard transforms, got {rotation}"
+    for spec in (a, b):
+        if spec is None:
+            return "both operands must be quantized"
+        if spec.block_size == "tensor":
+            return f"{spec} has one scale a tensor"
+        obstacle = foldable(spec) or rotate_quantize.obstacle(Target(spec, rotation))
+        if obstacle:
+            return obstacle
+    return None
+
+
+def _float8_formats(a: QuantSpec | None, b: QuantSpec | None, *_) -> str | None:
     if a is None or b is None or not (has_float8_codes(a) and has_float8_codes(b)):
         return "both operands must be e4m3 or e5m2 with one scale a tensor"
     if a.format == b.format == E5M2:
         return "tensor cores multiply e5m2 by e4m3 only"
     return None
+
+
+def _not_timed(capability: tuple[int, int] | None) -> str | None:
+    del capability
+    return None if compat.is_interpreting() else "to be asked for by name"
 
 
 def _no_float8_unit(capability: tuple[int, int] | None) -> str | None:
@@ -165,6 +209,15 @@ def _run_dequantize(a: Operand, b: Operand, compute_dtype, out_dtype):
     )
 
 
+def _run_hopper(a: Operand, b: Operand, compute_dtype, out_dtype, **epilogue):
+    """Our kernel: e4m3 operands with one scale a row, exact for 4-bit formats."""
+    del compute_dtype
+    return scaled_matmul(
+        a.values, b.values, a.scale, b.scale,
+        out_dtype=out_dtype, interpret=compat.is_interpreting(), **epilogue,
+    )  # fmt: skip
+
+
 def _run_float8(a: Operand, b: Operand, compute_dtype, out_dtype):
     """XLA's float8 product: cuBLASLt on GPUs that have it. Both operands are contraction-last."""
     del compute_dtype  # operands are multiplied as the codes they are
@@ -173,7 +226,11 @@ def _run_float8(a: Operand, b: Operand, compute_dtype, out_dtype):
 
 def _multiply(a: Operand, b: Operand, a_values, b_values, out_dtype):
     """Sums in float32 on every backend, whatever the dtype in which the product hands them over."""
-    scales = [scale for scale in (a.scale, b.scale) if scale is not None]
+    scales = [
+        scale[:, None] if scale.ndim and is_rows else scale
+        for scale, is_rows in ((a.scale, True), (b.scale, False))
+        if scale is not None
+    ]
     # Without a scale the product itself rounds to 16 bits, as a plain one does; a float32 result
     # and a cast after it could be written to memory in between.
     y = jax.lax.dot_general(
@@ -191,13 +248,19 @@ def _multiply(a: Operand, b: Operand, a_values, b_values, out_dtype):
 class _Path:
     """One implementation; an obstacle is None, or the reason why not."""
 
-    formats_obstacle: Callable[[QuantSpec | None, QuantSpec | None], str | None]
-    device_obstacle: Callable[[tuple[int, int] | None], str | None]
+    formats_obstacle: Callable[..., str | None]  # of what `choose` is told
+    device_limit: Callable[[tuple[int, int] | None], str | None]  # where it cannot run
+    device_doubt: Callable[[tuple[int, int] | None], str | None]  # where it is not the first choice
     run: Callable[..., Array]
 
 
-# By preference. `device_obstacle` steers only the choice without a name.
+def _nothing(*_) -> None:
+    return None
+
+
+# By preference.
 _PATHS: dict[str, _Path] = {
-    "fp8": _Path(_float8_obstacle, _no_float8_unit, _run_float8),
-    "dequantize": _Path(lambda a, b: None, lambda capability: None, _run_dequantize),
+    "fp8": _Path(_float8_formats, _nothing, _no_float8_unit, _run_float8),
+    "hopper": _Path(_hopper_formats, compat.hopper_obstacle, _not_timed, _run_hopper),
+    "dequantize": _Path(_nothing, _nothing, _nothing, _run_dequantize),
 }

@@ -8,6 +8,7 @@ import jax
 
 from lowbit_jax.ops.dispatch import parse_scope
 
+_KERNEL = "lowbit_scaled_matmul"  # name of the product's kernel in a program
 _REMAT_SCOPE = "rematted_computation"  # what jax.checkpoint calls the part that it runs again
 
 
@@ -95,7 +96,7 @@ def _rows(jaxpr, outer_scopes: tuple[str, ...], count: int | None) -> Iterator[P
     """The products of a program: an inner program's scopes continue those of the call to it."""
     for eqn in jaxpr.eqns:
         scopes = outer_scopes + _scopes(eqn)
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name == "dot_general" or eqn.params.get("name") == _KERNEL:
             fields = next(filter(None, map(parse_scope, reversed(scopes))), None)
             if fields is not None:
                 yield ProductRow(

@@ -9,6 +9,7 @@ from lowbit_jax.numerics import (
     FP8_E5M2_TENSOR,
     INT4,
     MXFP4,
+    NVFP4,
     QUEST_INT4,
 )
 from lowbit_jax.ops import dispatch
@@ -28,6 +29,8 @@ A100, ADA, H100 = (8, 0), (8, 9), (9, 0)
         (QUEST_INT4, QUEST_INT4, H100, "dequantize", "must be e4m3 or e5m2"),
         (None, FP8_E4M3_TENSOR, H100, "dequantize", "both operands"),
         (None, None, H100, "dequantize", "plain product"),
+        (MXFP4, MXFP4, A100, "dequantize", "capability 9.0, this device has 8.0"),
+        (NVFP4, NVFP4, H100, "dequantize", "are no powers of two"),
     ],
 )
 def test_path_follows_formats_and_device(a, b, capability, path, reason):
@@ -47,7 +50,7 @@ def test_a_path_asked_for_by_name_never_falls_back():
     for a, b in [(None, None), (MXFP4, MXFP4), (FP8_E4M3_TENSOR, None)]:
         with pytest.raises(NotImplementedError, match=r"'dx' of .* use implementation=None or"):
             dispatch.choose("dx", a, b, "fp8", H100)
-    with pytest.raises(ValueError, match="None or one of fp8, dequantize, got 'triton'"):
+    with pytest.raises(ValueError, match="None or one of fp8, hopper, dequantize, got 'triton'"):
         dispatch.choose("y", None, None, "triton", H100)
 
 

@@ -13,6 +13,7 @@ import pytest
 import scipy.linalg
 
 from lowbit_jax.numerics import MXFP4, MXFP8_CEIL, quantize_values
+from lowbit_jax.numerics.quantize import Factored
 from lowbit_jax.ops import explain, get_recipe, quantized_dot
 from lowbit_jax.ops.recipes import BF16
 from lowbit_jax.rotations import Hadamard, hadamard_transform
@@ -212,9 +213,10 @@ def test_mxfp8_quantizes_the_originals_along_each_contraction(arrays, spec):
 @pytest.mark.parametrize("name", ["quartet", "quartet2", "nvfp4_nvidia", "mxfp8"])
 def test_with_quantizers_that_do_nothing_gradients_are_exact(arrays, name, monkeypatch):
     # The operands of a product share their signs, and rotations and transpositions cancel.
-    module = sys.modules["lowbit_jax.ops.quantized_dot"]
-    monkeypatch.setattr(module, "quantize_values", lambda z, spec, key: (z, None))
-    monkeypatch.setattr(module, "quantize_and_mask", lambda z, *args, **kwargs: (z, None))
+    module = sys.modules["lowbit_jax.ops.operands"]
+    for quantizer in ("quantize_factored", "factored_and_mask"):
+        untouched = lambda z, *args, **kwargs: (Factored(z, None), None)  # noqa: E731
+        monkeypatch.setattr(module, quantizer, untouched)
     x, w, g = arrays
     recipe = dataclasses.replace(get_recipe(name), clip_scale=0.5)  # a jit key of its own
     actual = run(x, w, g, recipe, jax.random.key(3))
@@ -343,7 +345,7 @@ def test_only_what_backward_needs_is_kept(arrays):
 
     key = 2 * 4
     assert residual_bytes("quartet") == (x.size + w.size) * (2 + 1) + key  # values and masks
-    assert residual_bytes("quartet2") == (x.size + w.size) * 2 + key
+    assert residual_bytes("quartet2") == (x.size + w.size) * 2 + 2 * 4 + key  # two global scales
     # The original activations and the quantized weights; the originals of both.
-    assert residual_bytes("nvfp4_nvidia") == x.nbytes + w.size * 2 + key
+    assert residual_bytes("nvfp4_nvidia") == x.nbytes + w.size * 2 + 4 + key
     assert residual_bytes("mxfp8") == x.nbytes + w.nbytes

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 
 from lowbit_jax.numerics import FP8_E4M3, INT4, MXFP4, QUEST_INT2, QUEST_INT8, quantize_values
-from lowbit_jax.ops import DotRecipe, quantized_dot
+from lowbit_jax.ops import DotRecipe, get_recipe, quantized_dot
 from lowbit_jax.ops.recipes import (
     BF16,
     FP8_TENSORWISE,
@@ -175,10 +175,10 @@ def residual_bytes(recipe, x, w):
 def test_residuals_are_small():
     x, w = arrays((M, K), (N, K))
     x = x.astype(jnp.bfloat16)
-    entries = (M + N) * K
+    entries, scales = (M + N) * K, 4 * (M + N)
     assert residual_bytes(BF16, x, w) == x.nbytes + w.nbytes  # the arguments themselves
-    assert residual_bytes(QUEST_W4A4, x, w) == entries * (2 + 1)  # bfloat16 and a mask
-    assert residual_bytes(RTN_W4A4, x, w) == entries * 2  # no mask
+    assert residual_bytes(QUEST_W4A4, x, w) == entries * (2 + 1) + scales  # with masks
+    assert residual_bytes(RTN_W4A4, x, w) == entries * 2 + scales
     assert residual_bytes(FP8_TENSORWISE, x, w) == entries + 2 * 4  # codes and two scales
 
 
@@ -210,8 +210,9 @@ def test_dtypes_of_a_mixed_precision_model(recipe):
 @pytest.mark.parametrize(
     ("recipe", "dtypes"),
     [
-        (RTN_W4A4, ["bfloat16", "bfloat16", "float32"]),
-        (FP8_TENSORWISE, ["float32"] * 3),  # codes times codes: the scales are still to come
+        # Where scales are still to come, of rows in y and of all in three products, in float32.
+        (RTN_W4A4, ["float32", "bfloat16", "float32"]),
+        (FP8_TENSORWISE, ["float32"] * 3),
     ],
     ids=str,
 )
@@ -223,6 +224,23 @@ def test_products_are_rounded_once_and_dw_never(recipe, dtypes):
     program = jax.make_jaxpr(value_and_gradients, static_argnums=0)(*arguments)
     products = [eqn for eqn in program.eqns if eqn.primitive.name == "dot_general"]
     assert [eqn.outvars[0].aval.dtype.name for eqn in products] == dtypes
+
+
+@pytest.mark.parametrize("name", ["rtn_w4a4", "nvfp4_forward", "mxfp4_forward"])
+def test_scales_wait_for_the_sums_so_that_products_of_few_bits_are_rounded_once(name):
+    recipe = dataclasses.replace(get_recipe(name), rotation=None)
+    x, w = arrays((M, K), (N, K))
+    y = quantized_dot(x.astype(jnp.bfloat16), w, recipe)
+    x_q, w_q = (
+        np.asarray(quantize_values(z, spec)[0], np.float64)
+        for z, spec in ((x.astype(jnp.bfloat16), recipe.y_x), (w, recipe.y_w))
+    )
+    exact, size = x_q @ w_q.T, np.abs(x_q) @ np.abs(w_q.T)
+    # Bound: half a unit of bfloat16; float32 sums of K products, and two factors after them.
+    # Values that had been rounded to bfloat16 with their scales would miss it by far.
+    assert (
+        np.abs(np.asarray(y, np.float64) - exact) <= 2**-9 * np.abs(exact) + (K + 4) * 2**-24 * size
+    ).all()
 
 
 def test_weights_are_quantized_from_float32():
@@ -458,7 +476,7 @@ def test_wrong_arguments_are_refused_while_tracing():
     check("w must be floating point, got int8", x, w.astype(jnp.int8), BF16)
     check("multiple of 128 for Hadamard 128, got 64", x, w, QUEST_W4A4)
     check("multiple of 128 for int4", x, w, DotRecipe(y_w=INT4))
-    check("None or one of fp8, dequantize, got 'cudnn'", x, w, BF16, implementation="cudnn")
+    check("None or one of fp8, hopper, dequantize, got 'cudnn'", x, w, BF16, implementation="cudnn")
     check("random.*key=None", x, w, random_backward(STOCHASTIC))
     check(
         "does not cover the product 'y'", x, w, RTN_W4A4, NotImplementedError, implementation="fp8"

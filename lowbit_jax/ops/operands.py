@@ -1,0 +1,354 @@
+"""Operands of the three products: rotated, quantized, and kept for the backward pass.
+
+Either in `jax.numpy`, one function a step, or by the kernel that does all of them in one pass:
+the path of the product that the operand is for says which. Both give the same values.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+
+from lowbit_jax.numerics import QTensor, QuantSpec
+from lowbit_jax.numerics.estimators import factored_and_mask, mask_bound
+from lowbit_jax.numerics.quantize import Factored, factor, quantize_factored
+from lowbit_jax.ops import dispatch
+from lowbit_jax.ops.dispatch import Operand, Plan
+from lowbit_jax.ops.dot_recipe import DotRecipe, Product
+from lowbit_jax.ops.quantized_weight import QuantizedWeight
+from lowbit_jax.rotations import Hadamard
+from pallas_kernels.compat import is_interpreting
+from pallas_kernels.folded import fold, unpack_mask
+from pallas_kernels.rotate_quantize import Keys, Target, requantize_obstacle, rotate_quantize
+
+OperandName = Literal["x", "w"]
+# The backward product that takes a forward operand: the gradient of the other one.
+_BACKWARD: dict[OperandName, Product] = {"x": "dw", "w": "dx"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static part of a call.
+
+    Attributes:
+      recipe: What to quantize to.
+      implementation: A path for all products; None: chosen for each.
+      x_dtype: Of `x`, in which products are computed.
+      w_dtype: Of the weights, or the masters of quantized ones.
+      out_dtype: Of `y`.
+      is_quantized: Whether the weights came quantized.
+    """
+
+    recipe: DotRecipe
+    implementation: str | None
+    x_dtype: np.dtype
+    w_dtype: np.dtype
+    out_dtype: np.dtype
+    is_quantized: bool
+
+    def plan(self, product: Product) -> Plan:
+        """The path of a product."""
+        recipe = self.recipe
+        again = {"y": recipe.y_w, "dx": recipe.dx_w, "dw": recipe.dw_x}[product]
+        return dispatch.choose(
+            product,
+            *recipe.formats_of(product),
+            self.implementation,
+            dispatch.cuda_capability(),
+            rotation=recipe.rotation_of(product),
+            is_kept=again is None,
+            compute_dtype=self.x_dtype,
+        )
+
+    def uses_kernel(self, product: Product) -> bool:
+        """Whether the operands of a product are made by the kernel."""
+        return self.plan(product).path == "hopper"
+
+
+class ProductKeys(NamedTuple):
+    """Randomness of a product, None where nothing is random."""
+
+    rotation: PRNGKeyArray | UInt32[Array, "2"] | None
+    first: PRNGKeyArray | UInt32[Array, "2"] | None
+    second: PRNGKeyArray | UInt32[Array, "2"] | None
+
+
+def split_keys(key) -> dict[Product, ProductKeys]:
+    """Independent keys for the rotation of each product and for its two operands."""
+    if key is None:
+        return dict.fromkeys(("y", "dx", "dw"), ProductKeys(None, None, None))
+    y, dx, dw = (ProductKeys(*jax.random.split(k, 3)) for k in jax.random.split(key, 3))
+    return {"y": y, "dx": dx, "dw": dw}
+
+
+class Finished(NamedTuple):
+    """An operand of a backward product that the forward pass has made already."""
+
+    operand: Operand
+
+
+class Residual(NamedTuple):
+    """Of one forward operand, for the backward pass.
+
+    Attributes:
+      saved: What the other operand's gradient is multiplied by, as rows.
+      mask: Of the gradient: bool `(rows, k)`, or packed words from the kernel; None for all.
+    """
+
+    saved: Operand | QTensor | Finished
+    mask: Any
+
+
+def forward_operand(
+    z: Array, name: OperandName, keys: dict[Product, ProductKeys], call: Call
+) -> tuple[Operand, Residual]:
+    """`Q(z R)` as rows and what backward needs of it; `z` itself where there is nothing to do."""
+    recipe = call.recipe
+    spec = recipe.y_x if name == "x" else recipe.y_w
+    rotation_key, *rounding_keys = keys["y"]
+    key = rounding_keys[0] if name == "x" else rounding_keys[1]
+    if spec is None:
+        q = _unquantized(z, call, rotation_key)
+        return _rows(q), Residual(q, None)
+    target = _target("y", spec, call)
+    if target is not None:
+        return _by_kernel(z, name, target, keys, call)
+    rotation = recipe.rotation_of("y")
+    rows = z.reshape(-1, z.shape[-1])
+    if rotation is not None:
+        rows = rotation.apply(rows, key=rotation_key)
+    factored, mask = factored_and_mask(
+        rows, spec, recipe.estimator, recipe.clip_scale, key=_key_for(spec, key)
+    )
+    q = _quantized(factored, spec, call)
+    saved = _unquantized(z, call, rotation_key) if _keeps_original(name, recipe) else q
+    return q, Residual(saved, mask)
+
+
+def operand_of_quantized(
+    w: QuantizedWeight, keys: dict[Product, ProductKeys], call: Call
+) -> tuple[Operand, Residual]:
+    """The operand that `forward_operand` would have made of the weights, and codes to keep."""
+    by_kernel = call.uses_kernel("y")
+    q = Operand(*fold(w.quantized)) if by_kernel else _operand(w.quantized, call)
+    saved = w.quantized
+    if _keeps_original("w", call.recipe):
+        saved = _unquantized(w.master, call, keys["y"].rotation)
+    return q, Residual(saved, None)
+
+
+def gradient_operands(
+    g: Float[Array, "tokens n"], keys: dict[Product, ProductKeys], call: Call
+) -> tuple[Operand, Operand]:
+    """`g` as the first operand of `dx` and, transposed, of `dw`."""
+    rows, columns = _target("dx", call.recipe.dx_g, call), _target("dw", call.recipe.dw_g, call)
+    of_dx = of_dw = None
+    if rows is not None or columns is not None:
+        of_dx, of_dw, *_ = rotate_quantize(
+            g,
+            rows,
+            columns,
+            row_keys=_kernel_keys(keys["dx"], first=True),
+            column_keys=_kernel_keys(keys["dw"], first=True),
+            interpret=is_interpreting(),
+        )
+    if of_dx is None:
+        of_dx = _rotate_and_quantize(g, "dx", call.recipe.dx_g, keys["dx"].first, keys, call)
+    if of_dw is None:
+        of_dw = _rotate_and_quantize(g.T, "dw", call.recipe.dw_g, keys["dw"].first, keys, call)
+    return Operand(*of_dx), Operand(*of_dw)
+
+
+def backward_operand(
+    saved: Operand | QTensor | Finished,
+    product: Product,
+    keys: dict[Product, ProductKeys],
+    call: Call,
+) -> Operand:
+    """What the forward pass left, transposed and quantized again as the recipe says."""
+    if isinstance(saved, Finished):
+        return saved.operand
+    recipe = call.recipe
+    spec = recipe.dx_w if product == "dx" else recipe.dw_x
+    saved = _rows(_operand(saved, call))
+    if spec is None and recipe.rotation_of(product) is None:
+        return _transposed(saved, call)
+    dense = _dense(saved)
+    target = _target(product, spec, call)
+    if target is None:
+        return _rotate_and_quantize(dense.T, product, spec, keys[product].second, keys, call)
+    columns = rotate_quantize(
+        dense,
+        None,
+        target,
+        column_keys=_kernel_keys(keys[product], first=False),
+        interpret=is_interpreting(),
+    ).columns
+    assert columns is not None
+    return Operand(*columns)
+
+
+def masked_gradient(
+    product: Product,
+    a: Operand,
+    b: Operand,
+    mask: Any,
+    keys: dict[Product, ProductKeys],
+    call: Call,
+    out_dtype,
+) -> Float[Array, "p q"]:
+    """`(a b^T * mask) R^T` with R the rotation of the forward product."""
+    rotation = call.recipe.rotation_of("y")
+    is_packed = mask is not None and mask.dtype == jnp.uint32
+    if call.uses_kernel(product) and (mask is None or is_packed):
+        if rotation is None:
+            return run_product(product, a, b, call, out_dtype, mask=mask)
+        if isinstance(rotation, Hadamard) and not rotation.needs_key and call.uses_kernel("y"):
+            size = rotation.block_size
+            return run_product(product, a, b, call, out_dtype, mask=mask, inverse_hadamard=size)
+    z = run_product(product, a, b, call, out_dtype)
+    if mask is not None:
+        z = jnp.where(unpack_mask(mask) if is_packed else mask, z, 0)
+    return z if rotation is None else rotation.inverse(z, key=keys["y"].rotation)
+
+
+def run_product(product: Product, a: Operand, b: Operand, call: Call, out_dtype, **epilogue):
+    """`a b^T` by the path of the product."""
+    specs = call.recipe.formats_of(product)
+    return dispatch.run(
+        product, call.plan(product), a, b, specs, call.x_dtype, out_dtype, **epilogue
+    )
+
+
+def _by_kernel(
+    z: Array, name: OperandName, target: Target, keys: dict[Product, ProductKeys], call: Call
+) -> tuple[Operand, Residual]:
+    """One pass for the operand of y, the mask, and the operand of the backward product."""
+    recipe, product = call.recipe, _BACKWARD[name]
+    again = None
+    if recipe.requantize and requantize_obstacle(target) is None:
+        again = _target(product, recipe.dw_x if name == "x" else recipe.dx_w, call)
+    made = rotate_quantize(
+        z.reshape(-1, z.shape[-1]),
+        target,
+        again,
+        requantize=again is not None,
+        mask_bound=mask_bound(target.spec, recipe.estimator, recipe.clip_scale),
+        row_keys=_kernel_keys(keys["y"], first=name == "x"),
+        column_keys=_kernel_keys(keys[product], first=False),
+        interpret=is_interpreting(),
+    )
+    assert made.rows is not None
+    q = Operand(*made.rows)
+    if made.columns is not None:
+        saved = Finished(Operand(*made.columns))
+    elif _keeps_original(name, recipe):
+        saved = _unquantized(z, call, keys["y"].rotation)
+    else:
+        saved = q
+    return q, Residual(saved, made.mask)
+
+
+def _target(product: Product, spec: QuantSpec | None, call: Call) -> Target | None:
+    """What the kernel is to make for a product; None if the operand is made without it."""
+    if spec is None or not call.uses_kernel(product):
+        return None
+    rotation = call.recipe.rotation_of(product)
+    assert rotation is None or isinstance(rotation, Hadamard)  # as the path demands
+    return Target(spec, rotation)
+
+
+def _keeps_original(name: OperandName, recipe: DotRecipe) -> bool:
+    again = recipe.dw_x if name == "x" else recipe.dx_w
+    return not recipe.requantize and again is not None
+
+
+def _unquantized(z, call: Call, key_rotation) -> Operand:
+    """`z R` as rows; `z` as it is where there is no rotation.
+
+    An untouched argument is neither cast nor reshaped: kept for the backward pass as it is, it is
+    shared by all products that take it, and `w` by the parameters.
+    """
+    rotation = call.recipe.rotation_of("y")
+    if rotation is None:
+        return Operand(z, None)
+    z = rotation.apply(z.reshape(-1, z.shape[-1]), key=key_rotation)
+    return Operand(z.astype(call.x_dtype), None)
+
+
+def _operand(saved: Operand | QTensor, call: Call) -> Operand:
+    """A quantized weight as the operand that the in-layer quantizer would have left."""
+    return saved if isinstance(saved, Operand) else _quantized(factor(saved), saved.spec, call)
+
+
+def _rotate_and_quantize(
+    z, product: Product, spec: QuantSpec | None, key, keys: dict[Product, ProductKeys], call: Call
+) -> Operand:
+    """`Q(z R')` with R' the rotation of a backward product along its contraction axis."""
+    rotation = call.recipe.rotation_of(product)
+    if rotation is not None:
+        z = rotation.apply(z, key=keys[product].rotation)
+    if spec is None:
+        return Operand(z.astype(call.x_dtype), None)
+    factored, _ = quantize_factored(z, spec, key=_key_for(spec, key))
+    return _quantized(factored, spec, call)
+
+
+def _quantized(factored: Factored, spec: QuantSpec, call: Call) -> Operand:
+    """The operand of a product: values in the compute dtype or in float8, scales in float32."""
+    values, scale = factored
+    is_float8 = dispatch.has_float8_codes(spec)
+    if scale is not None:
+        scale = scale.reshape(-1 if spec.block_size is None else ())
+    return Operand(values.astype(spec.format.storage if is_float8 else call.x_dtype), scale)
+
+
+def _dense(operand: Operand) -> Float[Array, "rows c"]:
+    """The array that an operand stands for, float32 if it was scaled."""
+    values, scale = operand
+    if scale is None:
+        return values
+    return values.astype(jnp.float32) * (scale[:, None] if scale.ndim else scale)
+
+
+def _rows(operand: Operand) -> Operand:
+    """The operand with its leading axes made one."""
+    return operand._replace(values=operand.values.reshape(-1, operand.values.shape[-1]))
+
+
+def _transposed(operand: Operand, call: Call) -> Operand:
+    """The operand for a product over its rows, which can no longer have scales of their own."""
+    if operand.scale is not None and operand.scale.ndim:
+        return Operand(_dense(operand).astype(call.x_dtype).T, None)
+    return operand._replace(values=operand.values.T)
+
+
+def _kernel_keys(keys: ProductKeys, *, first: bool) -> Keys:
+    return Keys(keys.rotation, keys.first if first else keys.second)
+
+
+def _key_for(spec: QuantSpec, key):
+    return key if spec.needs_key else None
+
+
+def check_contraction(product: Product, size: int, recipe: DotRecipe) -> None:
+    """Blocks of formats and rotation must divide the contraction axis of the product."""
+    axis = {"y": "k, the last axis of x and w", "dx": "n, the rows of w", "dw": "all tokens of x"}
+    new = {
+        "y": (recipe.y_x, recipe.y_w),
+        "dx": (recipe.dx_g, recipe.dx_w),
+        "dw": (recipe.dw_g, recipe.dw_x),
+    }
+    rotation = recipe.rotation_of(product)
+    blocks = {str(spec): spec.block_size for spec in new[product] if spec is not None}
+    blocks[str(rotation)] = getattr(rotation, "block_size", None)
+    for what, block_size in blocks.items():
+        if isinstance(block_size, int) and size % block_size:
+            raise ValueError(
+                f"quantized_dot: the product {product!r} sums over {axis[product]}, whose size must"
+                f" be a multiple of {block_size} for {what}, got {size}; pad it, or use"
+                " dataclasses.replace on the recipe for a smaller block."
+            )
