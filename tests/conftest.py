@@ -15,7 +15,7 @@ hypothesis.settings.load_profile("lowbit")
 # Compiling dominates the suite: a second run, and the other worker, reuse what one has compiled.
 _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_num_cpu_devices", 4)  # simulated: shardings are tested without a cluster
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from lowbit_jax.decoding.generate import generate
+from lowbit_jax.train import loop
 from lowbit_jax.train.checkpoint import restore_latest
 from lowbit_jax.train.config import RunIdentity, RunOptions, load_config_file
 from lowbit_jax.train.loop import train
@@ -23,6 +24,31 @@ CONFIG = ROOT / "configs" / "llama_tiny_quest_cage.py"
 # The tiny config made smaller still: one layer, a checkpoint every 6 steps.
 SMALL = {"n_layers": 1, "steps": 24, "batch_size": 4, "seq_len": 32}
 IDENTITY = RunIdentity("tiny", CONFIG.read_text(), dict(SMALL), {})
+
+
+Phase = loop._Phase
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_phases():
+    """Runs of one config share their compiled steps within a file, for tracing is slow.
+
+    That another process comes to the same bits is for test_resume.py to show.
+    """
+    known = {}
+
+    def phase(config, start, model):
+        key = (
+            start, model, config.optimizer.update, config.learning_rate, config.micro_batches,
+            config.seed, config.quantize_once,
+        )  # fmt: skip
+        if key not in known:
+            known[key] = Phase(config, start, model)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_Phase", phase)
+        yield
 
 
 def train_quietly(config, run_dir, *, identity=IDENTITY, **options):
@@ -62,7 +88,7 @@ class PretrainScript:
         """The process; what it prints, errors too, is in `printed`."""
         cache = {
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         with open(self.folder / "printed.txt", "w") as printed:
             process = subprocess.Popen(

@@ -12,7 +12,9 @@ from lowbit_jax.train.config import UsageError, load_config_file
 from lowbit_jax.train.loop import Diverged
 from lowbit_jax.train.tracking import read_metrics
 
-from .conftest import CONFIG, IDENTITY, SMALL, train_quietly
+from .conftest import CONFIG, IDENTITY, SMALL, Phase, train_quietly
+
+LIGHT = {"recipe": "int4_weights", "cage_total_strength": 0.0}  # less to compile
 
 
 @pytest.fixture(scope="module")
@@ -75,37 +77,45 @@ def test_other_arguments_are_refused(finished, config):
         train_quietly(config, finished[0], identity=other)
 
 
-def poison_update(step, value=jnp.nan):
-    """Spoils one weight of layer 0 in the update of that step, after all clipping."""
+@pytest.fixture(scope="module")
+def poisoned():
+    """`poisoned(step)`: one weight of layer 0 is spoiled in that update, after all clipping.
 
-    def update(updates, count, params=None):
+    The step is part of the optimizer's first state, so that all share one compiled update.
+    """
+
+    def update(updates, left, params=None):
         weight = updates["layers"]["mlp"]["up_proj"]["weight"]
-        bad = jnp.where(count + 1 == step, value, weight[0, 3, 4])
+        bad = jnp.where(left == 1, jnp.nan, weight[0, 3, 4])
         updates["layers"]["mlp"]["up_proj"]["weight"] = weight.at[0, 3, 4].set(bad)
-        return updates, count + 1
+        return updates, left - 1
 
-    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+    config = load_config_file(CONFIG).get_config(**SMALL, **LIGHT)
+    poison = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+    chain = optax.chain(config.optimizer, poison)
+
+    def at(step, **changes):
+        def init(params):
+            return (*chain.init(params)[:-1], jnp.int32(step))
+
+        return dataclasses.replace(config, optimizer=chain._replace(init=init), **changes)
+
+    return at
 
 
-def test_a_validation_loss_that_is_not_finite_names_the_parameter(config, tmp_path):
-    poisoned = dataclasses.replace(
-        config, optimizer=optax.chain(config.optimizer, poison_update(24)), eval_batches=1,
-        final_eval_batches=1, eval_interval=100,
-    )  # fmt: skip
+def test_a_validation_loss_that_is_not_finite_names_the_parameter(poisoned, tmp_path):
+    config = poisoned(24, eval_batches=1, final_eval_batches=1, eval_interval=100)
     with pytest.raises(
         Diverged, match=r"after step 24 is not finite \(nan\).*layers/mlp/up_proj/weight"
     ):
-        train_quietly(poisoned, tmp_path / "run")
+        train_quietly(config, tmp_path / "run")
 
 
-def test_not_saving_still_goes_on_from_what_was_saved(config, tmp_path):
-    poisoned = dataclasses.replace(
-        config, optimizer=optax.chain(config.optimizer, poison_update(8))
-    )
+def test_not_saving_still_goes_on_from_what_was_saved(poisoned, tmp_path):
     with pytest.raises(Diverged):
-        train_quietly(poisoned, tmp_path / "run")
+        train_quietly(poisoned(8), tmp_path / "run")
     with pytest.raises(Diverged):
-        train_quietly(poisoned, tmp_path / "run", save=False)
+        train_quietly(poisoned(8), tmp_path / "run", save=False)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["split"] == "train"] == [*range(1, 9)]
 
@@ -123,14 +133,11 @@ def test_a_sample_cannot_steer_the_terminal(finished):
 
 
 @pytest.mark.parametrize(("step", "found"), [(8, "step 9"), (12, "step 12")])
-def test_a_tensor_gone_bad_stops_the_run_is_named_and_never_saved(config, tmp_path, step, found):
+def test_a_tensor_gone_bad_stops_the_run_is_named_and_never_saved(poisoned, tmp_path, step, found):
     # At step 12 a checkpoint is due: the state is found out before the next loss could tell.
-    poisoned = dataclasses.replace(
-        config, optimizer=optax.chain(config.optimizer, poison_update(step)), eval_batches=1,
-        eval_interval=100,
-    )  # fmt: skip
+    config = poisoned(step, eval_batches=1, eval_interval=100)
     with pytest.raises(Diverged, match=found) as stopped:
-        train_quietly(poisoned, tmp_path / "run")
+        train_quietly(config, tmp_path / "run")
     assert "layers/mlp/up_proj/weight" in str(stopped.value)
     if step == 8:
         assert "parameter layers/mlp/up_proj/weight, layer 0" in str(stopped.value)
@@ -140,14 +147,14 @@ def test_a_tensor_gone_bad_stops_the_run_is_named_and_never_saved(config, tmp_pa
 
 
 def test_speed_can_be_measured_without_validation_and_checkpoints(config, tmp_path):
-    summary, _ = train_quietly(config, tmp_path / "run", validate=False, save=False)
+    summary, _ = train_quietly(config, tmp_path / "run", validate=False, save=False, sample=False)
     assert summary.validation_loss is None
     assert summary.tokens_per_s > 0
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert "ktok/s" in str(summary)
 
 
-def test_the_training_step_is_compiled_once(config, tmp_path, monkeypatch):
+def test_the_training_step_is_compiled_once(tmp_path, monkeypatch):
     counts = []
     real = jax.jit
 
@@ -157,6 +164,8 @@ def test_the_training_step_is_compiled_once(config, tmp_path, monkeypatch):
             counts.append(jitted)
         return jitted
 
+    monkeypatch.setattr("lowbit_jax.train.loop._Phase", Phase)  # none that another test shares
     monkeypatch.setattr("lowbit_jax.train.step.jax.jit", counting)
-    train_quietly(config, tmp_path / "run", validate=False, save=True)
+    config = load_config_file(CONFIG).get_config(**SMALL, **LIGHT)
+    train_quietly(config, tmp_path / "run", validate=False, save=True, sample=False)
     assert [jitted._cache_size() for jitted in counts] == [1]

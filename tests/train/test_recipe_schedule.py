@@ -1,6 +1,7 @@
 """Recipes that change in the middle of a run."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,7 +13,10 @@ from lowbit_jax.train.config import UsageError
 from lowbit_jax.train.interrupts import Interrupted
 from lowbit_jax.train.tracking import read_metrics
 
-from .conftest import small_config, state_of, train_quietly
+from .conftest import small_config, state_of
+from .conftest import train_quietly as train_and_sample
+
+train_quietly = functools.partial(train_and_sample, sample=False)
 
 QUIET = {"cage_total_strength": 0.0}
 # A validation every 6 steps: one comes with the switch.
