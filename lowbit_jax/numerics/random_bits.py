@@ -8,30 +8,35 @@ arithmetic is uint32, so that a GPU kernel computes the same ones.
 
 Element (r, c) of an array with rows r along its last axis gets
 
-    seed[r] = mix(... mix(mix(r ^ key[0]) ^ key[1]) ...)        once a row
+    seed[r] = mix(mix(r ^ 0x9E3779B9 ^ key[0]) ^ key[1])        once a row
     word = mix(seed[r] ^ (32 * (c // 64) + c % 32))             once for two elements
     bits = word, or word with its halves swapped where c % 64 >= 32
 
 Two elements 32 apart share a word: each has 32 uniform bits, and comparing both with thresholds
-gives results that are independent up to 2**-16.
+gives results that are independent up to 2**-16. Seeds have 32 bits: of the pairs of rows of n
+columns a share of n / 2**33 or so have the same words in another order, 64 pairs in 16384 x 4096.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Int, Shaped, UInt32
 
-Key = PRNGKeyArray | UInt32[Array, "2"]
+Key = Shaped[Array, "..."]  # one key, typed or raw; other shapes raise an error of ours
 
 
 def random_bits(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """32 uniform bits for each element of an array.
 
     Args:
-      key: A key of any implementation; different keys give unrelated bits.
+      key: One key, of any implementation. Keys from `jax.random.split` or `fold_in` give unrelated
+        bits; those that differ in their first word alone, as seeds 2**32 apart do, exchange rows.
       shape: `(*batch, k)`, at most 2**32 rows and columns. Rows are counted through the batch, so
         that merging or splitting batch axes changes nothing.
+
+    Raises:
+      ValueError: If there is more than one key.
     """
     *batch, k = shape or (1,)
     rows = int(np.prod(batch, dtype=np.int64))
@@ -41,11 +46,13 @@ def random_bits(key: Key, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 
 
 def row_seeds(key: Key, rows: int) -> UInt32[Array, "rows"]:
-    """The seeds of the rows of an array."""
+    """The seeds of the rows of an array, as in the module; each word of the key is mixed in."""
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    seeds = jnp.arange(rows, dtype=jnp.uint32)
-    for i in range(words.shape[-1]):
-        seeds = mix(seeds ^ words[..., i])
+    if words.ndim != 1:
+        raise ValueError(f"random_bits: key must be one key, got shape {key.shape}; use jax.vmap.")
+    seeds = jnp.arange(rows, dtype=jnp.uint32) ^ np.uint32(0x9E3779B9)  # mix(0) is 0
+    for i in range(words.shape[0]):
+        seeds = mix(seeds ^ words[i])
     return seeds
 
 

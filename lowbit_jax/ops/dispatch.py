@@ -1,12 +1,12 @@
 """Which implementation computes a product, and why.
 
 An implementation is a row of `_PATHS`. All compute the same function of the same operands, up to
-the order in which float32 sums are taken.
+the order in which float32 sums are taken, and to what `scaled_matmul` says of its epilogue.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -65,7 +65,7 @@ def choose(
     *,
     rotation: Rotation | None = None,
     is_kept: bool = False,
-    compute_dtype: DTypeLike = jnp.bfloat16,
+    dtypes: Sequence[DTypeLike] = (jnp.bfloat16,),
 ) -> Plan:
     """Chooses the path of the product `a b^T`.
 
@@ -78,7 +78,7 @@ def choose(
       capability: Of the CUDA device; None if there is none.
       rotation: Of both operands; None for none.
       is_kept: Whether the second operand is what the forward product used, as it is.
-      compute_dtype: Of what is not quantized, and of the results.
+      dtypes: Of what is not quantized, and of the result.
 
     Raises:
       ValueError: If no path has that name.
@@ -87,7 +87,7 @@ def choose(
     if implementation is not None:
         check_implementation(implementation)
         path = _PATHS[implementation]
-        obstacle = path.formats_obstacle(a, b, rotation, is_kept, jnp.dtype(compute_dtype))
+        obstacle = path.formats_obstacle(a, b, rotation, is_kept, dtypes)
         obstacle = obstacle or path.device_limit(capability)
         if obstacle:
             raise NotImplementedError(
@@ -100,7 +100,7 @@ def choose(
         return Plan("dequantize", "operands not quantized: a plain product")
     obstacles = []
     for name, path in _PATHS.items():
-        obstacle = path.formats_obstacle(a, b, rotation, is_kept, jnp.dtype(compute_dtype))
+        obstacle = path.formats_obstacle(a, b, rotation, is_kept, dtypes)
         obstacle = obstacle or path.device_limit(capability) or path.device_doubt(capability)
         if not obstacle:
             return Plan(name, "; ".join(obstacles) or "formats and device allow it")
@@ -162,17 +162,22 @@ def parse_scope(name: str) -> ScopeFields | None:
 
 
 def _hopper_formats(
-    a: QuantSpec | None, b: QuantSpec | None, rotation: Rotation | None, is_kept: bool, dtype
+    a: QuantSpec | None,
+    b: QuantSpec | None,
+    rotation: Rotation | None,
+    is_kept: bool,
+    dtypes: Sequence[DTypeLike],
 ) -> str | None:
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        return f"activations must be bfloat16 or float32, got {dtype}"
+    if a is None or b is None:
+        return "both operands must be quantized"
     if is_kept:
         return "scales of the forward product run along the sum of this one"
     if not (rotation is None or isinstance(rotation, Hadamard)):
         return f"rotations are Hadamard transforms, got {rotation}"
+    for dtype in dtypes:
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+            return f"arrays must be bfloat16 or float32, got {jnp.dtype(dtype)}"
     for spec in (a, b):
-        if spec is None:
-            return "both operands must be quantized"
         if spec.block_size == "tensor":
             return f"{spec} has one scale a tensor"
         obstacle = foldable(spec) or rotate_quantize.obstacle(Target(spec, rotation))
@@ -204,9 +209,8 @@ def _no_float8_unit(capability: tuple[int, int] | None) -> str | None:
 
 def _run_dequantize(a: Operand, b: Operand, compute_dtype, out_dtype):
     """The reference: operands in the compute dtype, float8 codes among them, which is exact."""
-    return _multiply(
-        a, b, a.values.astype(compute_dtype), b.values.astype(compute_dtype), out_dtype
-    )
+    a_values, b_values = a.values.astype(compute_dtype), b.values.astype(compute_dtype)
+    return _multiply(a, b, a_values, b_values, compute_dtype, out_dtype)
 
 
 def _run_hopper(a: Operand, b: Operand, compute_dtype, out_dtype, **epilogue):
@@ -220,24 +224,25 @@ def _run_hopper(a: Operand, b: Operand, compute_dtype, out_dtype, **epilogue):
 
 def _run_float8(a: Operand, b: Operand, compute_dtype, out_dtype):
     """XLA's float8 product: cuBLASLt on GPUs that have it. Both operands are contraction-last."""
-    del compute_dtype  # operands are multiplied as the codes they are
-    return _multiply(a, b, a.values, b.values, out_dtype)
+    # Operands are multiplied as the codes they are.
+    return _multiply(a, b, a.values, b.values, compute_dtype, out_dtype)
 
 
-def _multiply(a: Operand, b: Operand, a_values, b_values, out_dtype):
+def _multiply(a: Operand, b: Operand, a_values, b_values, compute_dtype, out_dtype):
     """Sums in float32 on every backend, whatever the dtype in which the product hands them over."""
     scales = [
         scale[:, None] if scale.ndim and is_rows else scale
         for scale, is_rows in ((a.scale, True), (b.scale, False))
         if scale is not None
     ]
+    sum_dtype = jnp.promote_types(compute_dtype, jnp.float32)
     # Without a scale the product itself rounds to 16 bits, as a plain one does; a float32 result
     # and a cast after it could be written to memory in between.
     y = jax.lax.dot_general(
         a_values,
         b_values,
         (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32 if scales else out_dtype,
+        preferred_element_type=sum_dtype if scales else out_dtype,
     )
     for scale in scales:
         y = y * scale

@@ -1,7 +1,8 @@
 """Operands of the three products: rotated, quantized, and kept for the backward pass.
 
 Either in `jax.numpy`, one function a step, or by the kernel that does all of them in one pass:
-the path of the product that the operand is for says which. Both give the same values.
+the path of the product that the operand is for says which. Both give the same values, but for the
+rotation back of float32 gradients, see `scaled_matmul`.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from lowbit_jax.ops.dot_recipe import DotRecipe, Product
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
 from lowbit_jax.rotations import Hadamard
 from pallas_kernels.compat import is_interpreting
-from pallas_kernels.folded import fold, unpack_mask
+from pallas_kernels.folded import WORD, fold, unpack_mask
 from pallas_kernels.rotate_quantize import Keys, Target, requantize_obstacle, rotate_quantize
+from pallas_kernels.scaled_matmul.epilogue import HADAMARD_BLOCKS
 
 OperandName = Literal["x", "w"]
 # The backward product that takes a forward operand: the gradient of the other one.
@@ -60,7 +62,7 @@ class Call:
             dispatch.cuda_capability(),
             rotation=recipe.rotation_of(product),
             is_kept=again is None,
-            compute_dtype=self.x_dtype,
+            dtypes=(self.x_dtype, self.out_dtype) if product == "y" else (self.x_dtype,),
         )
 
     def uses_kernel(self, product: Product) -> bool:
@@ -103,19 +105,21 @@ class Residual(NamedTuple):
 
 
 def forward_operand(
-    z: Array, name: OperandName, keys: dict[Product, ProductKeys], call: Call
+    z: Array, name: OperandName, keys: dict[Product, ProductKeys], call: Call, *, keeps: bool
 ) -> tuple[Operand, Residual]:
-    """`Q(z R)` as rows and what backward needs of it; `z` itself where there is nothing to do."""
+    """`Q(z R)` as rows and what backward needs of it; `z` itself where there is nothing to do.
+
+    Unless it `keeps` that, the residual is not complete.
+    """
     recipe = call.recipe
     spec = recipe.y_x if name == "x" else recipe.y_w
-    rotation_key, *rounding_keys = keys["y"]
-    key = rounding_keys[0] if name == "x" else rounding_keys[1]
+    rotation_key, key = _keys_of(keys["y"], first=name == "x")
     if spec is None:
         q = _unquantized(z, call, rotation_key)
         return _rows(q), Residual(q, None)
     target = _target("y", spec, call)
     if target is not None:
-        return _by_kernel(z, name, target, keys, call)
+        return _by_kernel(z, name, target, keys, call, keeps=keeps)
     rotation = recipe.rotation_of("y")
     rows = z.reshape(-1, z.shape[-1])
     if rotation is not None:
@@ -151,8 +155,8 @@ def gradient_operands(
             g,
             rows,
             columns,
-            row_keys=_kernel_keys(keys["dx"], first=True),
-            column_keys=_kernel_keys(keys["dw"], first=True),
+            row_keys=_keys_of(keys["dx"], first=True),
+            column_keys=_keys_of(keys["dw"], first=True),
             interpret=is_interpreting(),
         )
     if of_dx is None:
@@ -184,7 +188,7 @@ def backward_operand(
         dense,
         None,
         target,
-        column_keys=_kernel_keys(keys[product], first=False),
+        column_keys=_keys_of(keys[product], first=False),
         interpret=is_interpreting(),
     ).columns
     assert columns is not None
@@ -206,8 +210,8 @@ def masked_gradient(
     if call.uses_kernel(product) and (mask is None or is_packed):
         if rotation is None:
             return run_product(product, a, b, call, out_dtype, mask=mask)
-        if isinstance(rotation, Hadamard) and not rotation.needs_key and call.uses_kernel("y"):
-            size = rotation.block_size
+        size = rotation.block_size if isinstance(rotation, Hadamard) else None
+        if size in HADAMARD_BLOCKS and not rotation.needs_key:
             return run_product(product, a, b, call, out_dtype, mask=mask, inverse_hadamard=size)
     z = run_product(product, a, b, call, out_dtype)
     if mask is not None:
@@ -224,21 +228,35 @@ def run_product(product: Product, a: Operand, b: Operand, call: Call, out_dtype,
 
 
 def _by_kernel(
-    z: Array, name: OperandName, target: Target, keys: dict[Product, ProductKeys], call: Call
+    z: Array,
+    name: OperandName,
+    target: Target,
+    keys: dict[Product, ProductKeys],
+    call: Call,
+    *,
+    keeps: bool,
 ) -> tuple[Operand, Residual]:
     """One pass for the operand of y, the mask, and the operand of the backward product."""
     recipe, product = call.recipe, _BACKWARD[name]
+    bound = mask_bound(target.spec, recipe.estimator, recipe.clip_scale) if keeps else None
+    if bound is not None and z.shape[-1] % WORD:
+        raise NotImplementedError(
+            f"quantized_dot: the kernel packs masks of {WORD} columns, got k={z.shape[-1]}; pad it,"
+            " or use implementation='dequantize'."
+        )
+    if z.dtype not in (jnp.bfloat16, jnp.float32):
+        z = z.astype(jnp.float32)
     again = None
-    if recipe.requantize and requantize_obstacle(target) is None:
+    if keeps and recipe.requantize and requantize_obstacle(target) is None:
         again = _target(product, recipe.dw_x if name == "x" else recipe.dx_w, call)
     made = rotate_quantize(
         z.reshape(-1, z.shape[-1]),
         target,
         again,
         requantize=again is not None,
-        mask_bound=mask_bound(target.spec, recipe.estimator, recipe.clip_scale),
-        row_keys=_kernel_keys(keys["y"], first=name == "x"),
-        column_keys=_kernel_keys(keys[product], first=False),
+        mask_bound=bound,
+        row_keys=_keys_of(keys["y"], first=name == "x"),
+        column_keys=_keys_of(keys[product], first=False),
         interpret=is_interpreting(),
     )
     assert made.rows is not None
@@ -301,7 +319,7 @@ def _quantized(factored: Factored, spec: QuantSpec, call: Call) -> Operand:
     """The operand of a product: values in the compute dtype or in float8, scales in float32."""
     values, scale = factored
     is_float8 = dispatch.has_float8_codes(spec)
-    if scale is not None:
+    if scale is not None and scale.ndim:
         scale = scale.reshape(-1 if spec.block_size is None else ())
     return Operand(values.astype(spec.format.storage if is_float8 else call.x_dtype), scale)
 
@@ -326,7 +344,7 @@ def _transposed(operand: Operand, call: Call) -> Operand:
     return operand._replace(values=operand.values.T)
 
 
-def _kernel_keys(keys: ProductKeys, *, first: bool) -> Keys:
+def _keys_of(keys: ProductKeys, *, first: bool) -> Keys:
     return Keys(keys.rotation, keys.first if first else keys.second)
 
 

@@ -43,12 +43,15 @@ def quantized_dot(
     original ones in their place. Scales and masks are not differentiated.
 
     Quantizers compute in float32, from `w` as it comes: hand over the float32 master weights.
-    Operands of the products are in the dtype of `x`, sums in float32; a GPU may shorten float32
-    operands to TF32 unless `jax.default_matmul_precision` forbids it. `dx` is rounded to the dtype
-    of `x` before it is rotated back; `dw` stays float32 to the end.
-    Kept for the backward pass: the quantized operands, in the dtype of `x` or as float8 codes, and
-    the masks, one byte an entry; `x` and `w` themselves only where they are not quantized, or
-    where backward quantizes the original. Of a `QuantizedWeight` the codes that it holds anyway.
+    Operands of the products are in the dtype of `x`, or float8 codes; scales of whole rows and
+    arrays multiply the sums. Sums are float32; a GPU may shorten float32 operands to TF32 unless
+    `jax.default_matmul_precision` forbids it. `dx` is rounded to the dtype of `x` before it is
+    rotated back; `dw` stays float32 to the end, but for the path "hopper", which rotates float32
+    back as two bfloat16 terms, to 2**-17 of each entry.
+    Kept for the backward pass: the quantized operands, in the dtype of `x` or as float8 codes, with
+    their scales, and the masks, one byte an entry (one bit by the path "hopper", which keeps what
+    the backward products take); `x` and `w` themselves only where they are not quantized, or where
+    backward quantizes the original. Of a `QuantizedWeight` the codes that it holds anyway.
 
     Args:
       x: `(*batch, k)`, bfloat16, float16 or float32. `*batch` is flattened to tokens: a format
@@ -58,8 +61,8 @@ def quantized_dot(
       recipe: What to quantize to; static under `jit`.
       key: Randomness of stochastic rounding and random signs. Needed if `recipe.needs_key`,
         unused otherwise; new for every step and layer.
-      implementation: "dequantize" or "fp8"; taken for all three products or refused. None: chosen
-        for each product, and `explain` tells which and why.
+      implementation: "dequantize", "fp8" or "hopper"; taken for all three products or refused.
+        None: chosen for each product, and `explain` tells which and why.
 
     Returns:
       `(*batch, n)` in the dtype of `x`.
@@ -141,16 +144,21 @@ def _quantized_dot(x, w, recipe, key, implementation, out_dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dot(x, w, key, call: Call):
-    return _dot_fwd(x, w, key, call)[0]
+    return _forward(x, w, key, call, keeps=False)[0]
 
 
 def _dot_fwd(x, w, key, call: Call):
+    return _forward(x, w, key, call, keeps=True)
+
+
+def _forward(x, w, key, call: Call, *, keeps: bool):
+    """The result, and what backward needs if it `keeps` that."""
     keys = split_keys(key)
-    x_q, of_x = forward_operand(x, "x", keys, call)
+    x_q, of_x = forward_operand(x, "x", keys, call, keeps=keeps)
     if isinstance(w, QuantizedWeight):
         w_q, of_w = operand_of_quantized(w, keys, call)
     else:
-        w_q, of_w = forward_operand(w, "w", keys, call)
+        w_q, of_w = forward_operand(w, "w", keys, call, keeps=keeps)
     y = run_product("y", x_q, w_q, call, call.out_dtype)
     return y.reshape(*x.shape[:-1], w_q.values.shape[0]), (of_x, of_w, key)
 
@@ -166,7 +174,7 @@ def _dot_bwd(call: Call, residuals, g):
     w_q = backward_operand(of_w.saved, "dx", keys, call)
     x_q = backward_operand(of_x.saved, "dw", keys, call)
     dx = masked_gradient("dx", of_dx, w_q, of_x.mask, keys, call, call.x_dtype)
-    dx = dx.astype(call.x_dtype).reshape(*g_shape[:-1], -1)
+    dx = dx.astype(call.x_dtype).reshape(*g_shape[:-1], dx.shape[-1])
     dw_dtype = jnp.promote_types(call.x_dtype, jnp.float32)
     if call.is_quantized:  # the estimator waits for the mean over micro-batches
         dw = run_product("dw", of_dw, x_q, call, dw_dtype).astype(call.w_dtype)

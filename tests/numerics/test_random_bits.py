@@ -20,7 +20,7 @@ def python_mix(h):
 @pytest.mark.parametrize("place", [(0, 0), (0, 31), (3, 32), (511, 63), (7, 64), (100, 2047)])
 def test_bits_are_those_of_the_documented_equation(place):
     r, c = place
-    seed = r
+    seed = r ^ 0x9E3779B9
     for word in np.asarray(jax.random.key_data(jax.random.key(0))):
         seed = python_mix(seed ^ int(word))
     word = python_mix(seed ^ (32 * (c // 64) + c % 32))
@@ -80,6 +80,8 @@ def test_rows_are_counted_through_the_batch_and_do_not_see_each_other():
     np.testing.assert_array_equal(random_bits(key, (3, 100)), BITS[:3, :100])
     np.testing.assert_array_equal(random_bits(key, (100,)), BITS[0, :100])
     assert random_bits(key, ()) == BITS[0, 0]
+    with pytest.raises(ValueError, match=r"one key, got shape \(4,\)"):
+        random_bits(jax.random.split(key, 4), (4, 8))
 
 
 def test_raw_keys_vmap_and_meshes_give_the_same_bits():

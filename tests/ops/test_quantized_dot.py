@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from lowbit_jax.numerics import FP8_E4M3, INT4, MXFP4, QUEST_INT2, QUEST_INT8, quantize_values
-from lowbit_jax.ops import DotRecipe, get_recipe, quantized_dot
+from lowbit_jax.numerics import (
+    FP8_E4M3,
+    INT4,
+    MXFP4,
+    MXFP4_FITTED,
+    NVFP4,
+    QUEST_INT2,
+    QUEST_INT8,
+    quantize_values,
+)
+from lowbit_jax.ops import DotRecipe, quantized_dot
 from lowbit_jax.ops.recipes import (
     BF16,
     FP8_TENSORWISE,
@@ -226,9 +235,10 @@ def test_products_are_rounded_once_and_dw_never(recipe, dtypes):
     assert [eqn.outvars[0].aval.dtype.name for eqn in products] == dtypes
 
 
-@pytest.mark.parametrize("name", ["rtn_w4a4", "nvfp4_forward", "mxfp4_forward"])
-def test_scales_wait_for_the_sums_so_that_products_of_few_bits_are_rounded_once(name):
-    recipe = dataclasses.replace(get_recipe(name), rotation=None)
+# One scale a row, one an array, and a constant of 4/3.
+@pytest.mark.parametrize("spec", [RTN_W4A4.y_x, NVFP4, MXFP4_FITTED], ids=str)
+def test_scales_wait_for_the_sums_so_that_products_of_few_bits_are_rounded_once(spec):
+    recipe = DotRecipe(y_x=spec, y_w=spec)
     x, w = arrays((M, K), (N, K))
     y = quantized_dot(x.astype(jnp.bfloat16), w, recipe)
     x_q, w_q = (

@@ -1,8 +1,11 @@
+import importlib.util
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from lowbit_jax.train import Diverged
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,3 +28,17 @@ def test_exit_codes_and_messages_without_a_traceback(arguments, code, said):
     assert done.returncode == code, printed
     assert said in printed
     assert "Traceback" not in printed
+
+
+def test_a_diverged_run_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "scripts" / "pretrain.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def train(*args, **kwargs):
+        raise Diverged("train: step 3 is not finite in w.")
+
+    monkeypatch.setattr(script, "train", train)
+    monkeypatch.chdir(ROOT)
+    assert script.main(["configs/llama_tiny_quest_cage.py"]) == Diverged.exit_code == 3
+    assert capsys.readouterr().err == "error: train: step 3 is not finite in w.\n"
