@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lowbit_jax.ops import QuantizedWeight, explain, get_recipe, quantize_weight, quantized_dot
-from pallas_kernels.compat import interpreter, mosaic_obstacle
+from lowbit_jax.ops.dispatch import cuda_capability
+from pallas_kernels.compat import hopper_obstacle, interpreter, mosaic_obstacle
 from pallas_kernels.testing import run_interpreted
 
 pytestmark = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosaic_obstacle()))
@@ -118,3 +119,22 @@ def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
             quantized_dot(
                 x.astype(dtype), w, get_recipe(name), implementation="hopper", key=jax.random.key(0)
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["quartet", "quartet_rtn", "quartet_floor"])
+def test_every_gradient_of_a_layer_on_the_gpu_is_that_of_the_reference(name, seed):
+    if obstacle := hopper_obstacle(cuda_capability()):
+        pytest.skip(obstacle)
+    recipe = get_recipe(name)
+    x, w, g = arguments(2048, 1024 + 128 * seed, 1536)
+    got, expected = (
+        jax.jit(functools.partial(products, recipe=recipe, implementation=path))(x, w, g)
+        for path in ("hopper", "dequantize")
+    )
+    for name, a, b in zip(("y", "dx", "dw"), got, expected, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        # Bound: a sum in another order may turn a bfloat16 result by a unit of 2**-8, and a rotated
+        # entry that lies within 2**-20 of a tie by a step, which is 1 entry in 2**18.
+        assert np.linalg.norm(a - b) <= 2**-9 * np.linalg.norm(b), name
