@@ -144,7 +144,7 @@ def lower_for_hopper(fn: Callable[..., Any], *args: Any) -> str:
 
 def kernel_names(module: str) -> list[str]:
     """Names of our kernels in a lowered module, without what Mosaic appends."""
-    names = re.findall(r"lowbit_\w+", module)
+    names = re.findall(r"lowbit_(?!jax)\w+", module)
     return sorted({re.sub(r"(_\d+)?(_mosaic_gpu\w*)?$", "", name) for name in names})
 
 

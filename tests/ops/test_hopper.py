@@ -7,9 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowbit_jax.ops import QuantizedWeight, explain, get_recipe, quantize_weight, quantized_dot
-from lowbit_jax.ops.dispatch import cuda_capability
-from pallas_kernels.compat import hopper_obstacle, interpreter, mosaic_obstacle
+from lowbit_jax.ops import (
+    QuantizedWeight,
+    dispatch,
+    explain,
+    get_recipe,
+    quantize_weight,
+    quantized_dot,
+)
+from pallas_kernels.compat import (
+    hopper_obstacle,
+    interpreter,
+    kernel_names,
+    lower_for_hopper,
+    mosaic_obstacle,
+)
 from pallas_kernels.testing import run_interpreted
 
 pytestmark = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosaic_obstacle()))
@@ -121,11 +133,28 @@ def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
             )
 
 
+def test_layers_lower_for_hopper_under_scan_and_remat(monkeypatch):
+    # The interpreter does not know checkpoints, and no device is needed to lower.
+    monkeypatch.setattr(dispatch, "cuda_capability", lambda: (9, 0))
+    dot = functools.partial(
+        quantized_dot, recipe=get_recipe("quartet"), key=jax.random.key(0), implementation="hopper"
+    )
+
+    def loss(x, ws):
+        layer = jax.checkpoint(lambda x, w: (dot(x, w), None))
+        return jnp.sum(jax.lax.scan(layer, x, ws)[0].astype(jnp.float32))
+
+    x = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)
+    ws = jax.ShapeDtypeStruct((2, 128, 128), jnp.float32)
+    module = lower_for_hopper(jax.grad(loss, (0, 1)), x, ws)
+    assert kernel_names(module) == ["lowbit_rotate_quantize", "lowbit_scaled_matmul"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["quartet", "quartet_rtn", "quartet_floor"])
 def test_every_gradient_of_a_layer_on_the_gpu_is_that_of_the_reference(name, seed):
-    if obstacle := hopper_obstacle(cuda_capability()):
+    if obstacle := hopper_obstacle(dispatch.cuda_capability()):
         pytest.skip(obstacle)
     recipe = get_recipe(name)
     x, w, g = arguments(2048, 1024 + 128 * seed, 1536)
