@@ -1,8 +1,5 @@
-"""Bitwise comparison, timing of queued device work, and kernels interpreted on the CPU."""
+"""Bitwise comparison, and kernels interpreted on the CPU."""
 
-import dataclasses
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -38,39 +35,6 @@ def assert_bitwise_equal(actual: Any, expected: Any) -> None:
                 f"{name}: {len(differing)} of {a.size} elements differ, the first at {first}:"
                 f" {a[first]} (bits {a_bits[first]:#x}) is not {e[first]} (bits {e_bits[first]:#x})"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds a call, over repeated measurements of queued calls."""
-
-    median_s: float
-    min_s: float
-    max_s: float
-
-    def __str__(self) -> str:
-        return f"{1e6 * self.median_s:.1f} us ({1e6 * self.min_s:.1f} to {1e6 * self.max_s:.1f})"
-
-
-def time_device(
-    fn: Callable[..., Any], *args: Any, repeats: int = 20, calls: int = 10, warmups: int = 3
-) -> Timing:
-    """Times `fn(*args)`: the median over `repeats` of the mean over `calls` queued calls.
-
-    Calls are queued back to back and waited for together, so the host's launch cost hides behind
-    the device's work, as in a training loop. Pass a jitted function; the first calls, which
-    compile it, are not counted.
-    """
-    for _ in range(warmups):
-        jax.block_until_ready(fn(*args))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = fn(*args)
-        jax.block_until_ready(out)
-        seconds.append((time.perf_counter() - start) / calls)
-    return Timing(statistics.median(seconds), min(seconds), max(seconds))
 
 
 def run_interpreted(fn: Callable[..., Any], *args: Any, num_cores: int = 2) -> Any:

@@ -5,7 +5,7 @@ Run: python -m pallas_kernels.rotate_quantize.bench --pattern 4096
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,38 +14,73 @@ import tyro
 
 from lowbit_jax.numerics import MXFP4
 from lowbit_jax.rotations.hadamard import Hadamard
+from pallas_kernels.measure import Case, Comparison, jitted, kernel_obstacle, print_comparisons
 from pallas_kernels.rotate_quantize.reference import Target, rotate_quantize_reference
 from pallas_kernels.rotate_quantize.tuning import lowering_cases
-from pallas_kernels.testing import time_device
 
 # m, k: layers of 4096 and 2048 wide models, an MLP of 14336, and the 30M model.
 SHAPES = ((16384, 4096), (16384, 2048), (16384, 14336), (16384, 640))
-_BYTES_PER_S = 3.35e12  # of an H100 SXM by NVIDIA's data sheet
+COPY = "copy"
+# What the layers of Quartet need of it, and what the simplest pair of operands takes.
+OF_QUARTET = (
+    "both",
+    "both, exact",
+    "Quartet forward",
+    "Quartet forward, exact",
+    "Quartet backward",
+    "Quartet backward, exact",
+)
 
 
-def cases() -> Iterator[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]]:
-    """A copy of x and of as many bytes more, the reference, and what the tests lower."""
+def comparison(shape: tuple[int, int], names: Sequence[str] | None = None) -> Comparison:
+    """A copy, which writes 2 bytes an entry as two operands do, and what the tests lower.
+
+    Args:
+      shape: m, k.
+      names: Of the lowering cases; None: all of them, and the reference.
+    """
+    m, k = shape
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     target = Target(MXFP4, Hadamard(32))
     reference = functools.partial(rotate_quantize_reference, rows=target, columns=target)
-    for m, k in SHAPES:
-        x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-        yield f"{m}x{k} copy", jnp.negative, (x,)
-        yield f"{m}x{k} reference", reference, (x,)
-        for name, fn, shapes in lowering_cases(m, k):
-            yield f"{m}x{k} {name}", fn, shapes
+    found = {name: (fn, shapes) for name, fn, shapes in lowering_cases(m, k)}
+    chosen = {name: found[name] for name in (found if names is None else names)}
+
+    def case(name, fn, shapes, obstacle=lambda: None):
+        def build(arrays):
+            return jitted(fn, tuple(arrays[_label(shape)] for shape in shapes))
+
+        return Case(name, build, obstacle)
+
+    cases = [case(COPY, jnp.negative, (x,))]
+    if names is None:
+        cases.append(case("reference", reference, (x,)))
+    cases += [case(name, fn, shapes, kernel_obstacle) for name, (fn, shapes) in chosen.items()]
+    shapes = {_label(s): s for _, shapes in (("", (x,)), *chosen.values()) for s in shapes}
+    make = functools.partial(_arrays, shapes)
+    return Comparison("quantizer", f"rotate_quantize {m}x{k}", make, tuple(cases), (COPY,))
 
 
-def arguments(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> list[jax.Array]:
-    """Normal x, words of a key, and references of 4, above every scale of such an x."""
-    made = []
-    for shape in shapes:
-        if shape.dtype == jnp.uint32:
-            made.append(jnp.arange(shape.shape[0], dtype=jnp.uint32))
-        elif len(shape.shape) == 1:
-            made.append(jnp.full(shape.shape, 4, shape.dtype))
-        else:
-            made.append(jax.random.normal(jax.random.key(0), shape.shape, shape.dtype))
-    return made
+def comparisons() -> Iterator[Comparison]:
+    """All shapes with every case."""
+    return map(comparison, SHAPES)
+
+
+def _arrays(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    return {label: _array(shape) for label, shape in shapes.items()}
+
+
+def _array(shape) -> jax.Array:
+    """Normal x, words of a key, or references of 4, above every scale of such an x."""
+    if shape.dtype == jnp.uint32:
+        return jnp.arange(shape.shape[0], dtype=jnp.uint32)
+    if len(shape.shape) == 1:
+        return jnp.full(shape.shape, 4, shape.dtype)
+    return jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)
+
+
+def _label(shape: jax.ShapeDtypeStruct) -> str:
+    return f"{shape.dtype}{shape.shape}"
 
 
 def main(pattern: str = "", repeats: int = 20) -> int:
@@ -57,15 +92,7 @@ def main(pattern: str = "", repeats: int = 20) -> int:
       pattern: Only cases whose name contains it.
       repeats: Measurements, each of ten queued calls.
     """
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    for name, fn, shapes in cases():
-        if pattern not in name:
-            continue
-        timing = time_device(jax.jit(fn), *arguments(shapes), repeats=repeats)
-        arrays = jax.tree.leaves((shapes, jax.eval_shape(fn, *shapes)))
-        floor_s = sum(a.size * a.dtype.itemsize for a in arrays) / _BYTES_PER_S
-        print(f"{name:44} {timing!s:36} {floor_s / timing.median_s:6.1%} of bytes", flush=True)
-    return 0
+    return print_comparisons(comparisons(), pattern=pattern, repeats=repeats)
 
 
 if __name__ == "__main__":

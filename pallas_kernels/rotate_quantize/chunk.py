@@ -1,10 +1,16 @@
 """Quantizes a rotated chunk in registers: the scales of its blocks, and rounding without division.
 
-Rounding to e2m1 takes no division, table or comparison. With s the block's scale, y >= 0 and
-t = max(y, s), the distance of the levels round y is `2**(exponent(t) - 1)`, which is also the last
-bit of `big = 1.5 * 2**(22 + exponent(t))`; so `(y + big) - big` rounds y to the grid, ties to the
-even code. It happens in units of the row's scale of the folded operand. s is a power of two in
-them, and the result is what is stored.
+A block is rounded in units of a power of two. To nearest it takes no table and no comparison: with
+t = max(|v|, scale) the distance of the levels of e2m1 round v is `2**(exponent(t) - 1)`, which is
+also the last bit of `big = 1.5 * 2**(22 + exponent(t))`; so `(v + big) - big` rounds v to the grid,
+ties to the even code. The units are those of the row's scale of the folded operand, so that the
+level is what is stored; or a binade of the block's abs-max, in which its squares are summed too. At
+random, in units of the block's scale, bits are added to the number's own below the one of the
+mantissa that stays, see `_round_stochastically`; a last product turns the level into units of the
+row's scale.
+
+On a Hopper GPU minima, comparisons and logic take twice as long as products and sums, which is why
+some things here are products.
 
 Scales follow the rules of `lowbit_jax.numerics.scales` bit by bit, but for sums of squares: those
 are float32 sums here, and there of a fixed point that does not depend on the order.
@@ -27,10 +33,13 @@ from lowbit_jax.numerics.spec import GAUSSIAN_ALPHA, POWER_OF_TWO_RULES
 CHUNK = 64  # rows and columns of a chunk, what one product of matrices rotates
 GROUP = 32  # entries that share a power-of-two scale
 
-_FRACTION_BITS = 28  # of a count of steps, which is 4 at most
-# Minus the bits of a binade, modulo 2**32, those of the fraction's range over half of it.
-_INVERSE_STEP = np.int32(((255 + _FRACTION_BITS) << 23) - 2**32)
 _SIGN = np.int32(-(2**31))
+_EXPONENT = np.int32(0x7F800000)
+_RANDOM_BITS = 22  # of a float32 below its first bit of mantissa
+_REACH = 40  # binades; e4m3 spans 18
+_LARGEST = np.float32(2.0**100)  # factor of a block; far beyond e4m3, 6 times it far below infinity
+_SQUARES_RULES = ("rms_nearest", "std_floor")
+_CLIPPING_RULES = ("absmax_floor", *_SQUARES_RULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Side:
     Attributes:
       spec: Format and rule.
       block_size: Of the Hadamard transform; 1: none.
-      is_signed: Whether every coordinate has its own sign, part of the rotation matrices then.
+      is_signed: Whether every coordinate has its own sign.
       is_written: Writes the operand.
       is_emitted: Writes a statistic of each tile for every row, see `statistic_of`.
       is_given: Whether the scales were given, so that they need not tell of NaNs and infinities.
@@ -72,10 +81,10 @@ class Side:
 def statistic_of(spec: QuantSpec) -> str:
     """What a pass emits for each row of a tile.
 
-    "scale": the largest scale of its blocks; "absmax": the largest magnitude, "squares": the sum of
-    squares, both of the rotated entries.
+    "absmax": the largest magnitude of the rotated entries, from which the scale follows; "squares":
+    the sum of their squares; "scale": the largest scale of the blocks.
     """
-    if spec.scale in POWER_OF_TWO_RULES:
+    if spec.scale in _SQUARES_RULES:
         return "scale"
     return "squares" if spec.scale == "rms" else "absmax"
 
@@ -84,116 +93,196 @@ class Chunk(NamedTuple):
     """A rotated chunk of 64 rows and 64 columns, quantized."""
 
     values: Any  # float32 (64, 64): what is stored as e4m3; None without scales
+    again: Any  # bfloat16 (64, 64): dequantized; None if not asked for
     statistic: Any  # float32 (64,); None if not emitted
     mask: list[jax.Array]  # int32 (64,) for each 32 columns
 
 
-def quantize_chunk(y, side: Side, scale, seed, column, mask_bound) -> Chunk:
+def quantize_chunk(
+    y,
+    side: Side,
+    scale,
+    *,
+    sign=None,
+    seed=None,
+    column=0,
+    mask_bound=None,
+    again=None,
+) -> Chunk:
     """Rounds a chunk of rows in units of their scales; without scales only takes its statistic.
 
     Args:
       y: float32 `(64, 64)`, the sums of the rotation.
       side: What is asked for.
       scale: float32 `(64,)`, a power of two for scales of blocks, or that of the whole row; None.
+      sign: float32 `(64,)`: the chunk is this times the sums, +1 or -1 for each row; None: +1.
       seed: uint32 `(64,)`, for random bits; None to round to nearest.
       column: Of the first entry of the chunk, a multiple of 64.
       mask_bound: Of the mask; None: none.
+      again: float32 `(64,)`: dequantizes the chunk, also without scales, and multiplies it by this;
+        for scales of blocks. None: does not.
     """
     if not side.has_blocks:
-        return _quantize_rows(y, side, scale, mask_bound)
+        return _quantize_rows(y, side, scale, sign, mask_bound)
+    is_rounded = scale is not None or again is not None
+    if not is_rounded and side.spec.scale not in _SQUARES_RULES:
+        absmax = jnp.max(jnp.abs(y), axis=1) * side.factor
+        return Chunk(None, None, absmax, [])
     word = None
-    if seed is not None:
+    if is_rounded and seed is not None:
         shape = (CHUNK, GROUP)
         pairs = lax.broadcasted_iota(jnp.int32, shape, 1) + lax.div(column, 2)
-        word = pair_bits(along_rows(seed, shape), pairs.astype(jnp.uint32))
-    values, found, mask = [], [], []
+        word = ~pair_bits(along_rows(seed, shape), pairs.astype(jnp.uint32))
+    unit = inverse = None
+    if scale is not None and side.spec.rounding == "nearest":
+        unit = _bits(scale) >> 23  # what is rounded in these units is what is stored
+    elif scale is not None:
+        inverse = _float((252 << 23) - _bits(scale))  # a quarter of one over the scale
+    values, dequantized, found, mask = [], [], [], []
     for half in range(CHUNK // GROUP):
         block = y[:, half * GROUP : (half + 1) * GROUP]
         absmax = jnp.max(jnp.abs(block), axis=1) * side.factor
-        exponent = _scale_exponent(block, absmax, side)
-        is_finite = absmax < np.float32(np.inf)  # false for NaN, too
-        found.append(jnp.where(is_finite, _power(jnp.maximum(exponent, -126)), np.float32(np.nan)))
-        if scale is None:
+        unless_finite = absmax * np.float32(0)  # zero, or NaN if an entry is not finite
+        four, units = _in_units(block, absmax, unit, sign, side)
+        if side.spec.scale in _SQUARES_RULES:
+            level = (_float(four) + unless_finite) * np.float32(0.25)
+            found.append(jnp.maximum(level, SMALLEST_NORMAL))
+        else:
+            found.append(absmax)
+        if not is_rounded:
             continue
-        # The exponent in units of the row's scale. Lower ones count as zero; higher ones, where a
-        # reference was given that is far too small, saturate as well from here.
-        relative = jnp.clip(exponent - _exponent(scale), -90, 98)
-        factor = jnp.where(absmax >= SMALLEST_NORMAL, _power(relative - exponent), np.float32(0))
-        factor = jnp.where(is_finite, factor, np.float32(np.nan))
-        step = along_rows(_power(relative), block.shape)
-        if side.spec.scale == "absmax_floor43":
-            # Two roundings, as in the definition.
-            scaled = block * side.factor * along_rows(factor * np.float32(0.75), block.shape)
-        else:
-            scaled = block * along_rows(factor * side.factor, block.shape)
+        v = units.values
         if mask_bound is not None:
-            mask.append(_pack(jnp.abs(scaled) <= step * np.float32(mask_bound)))
+            mask.append(_pack(jnp.abs(v) <= units.steps(mask_bound, v)))
         if word is None:
-            values.append(_round_to_nearest(scaled, step, side))
+            v = _round_to_nearest(v, units)
         else:
-            bits = swap_halves(word) if half else word
-            values.append(_round_stochastically(scaled, step, bits, side))
-    statistic = jnp.maximum(*found) if side.is_emitted else None
-    return Chunk(lax.concatenate(values, 1) if values else None, statistic, mask)
+            v = _round_stochastically(v, swap_halves(word) if half else word, side)
+        if scale is None:
+            # bfloat16 holds all that follows, of which an instruction takes two.
+            v = v.astype(jnp.bfloat16)
+        # By the other rules nothing reaches 7, where 8 is nearer than 6.
+        if word is None and side.spec.scale in _CLIPPING_RULES:
+            top = units.steps(side.spec.format.max, v)
+            v = jnp.minimum(jnp.maximum(v, -top), top)
+        four = _float(units.four) + unless_finite
+        if again is not None:
+            factor = (four * (again * np.float32(0.25))).astype(v.dtype)
+            dequantized.append((v * along_rows(factor, v.shape)).astype(jnp.bfloat16))
+        if unit is not None:
+            values.append(v)
+        elif inverse is not None:
+            # Blocks far above a reference that was given saturate.
+            values.append(v * along_rows(jnp.minimum(four * inverse, _LARGEST), v.shape))
+    return Chunk(
+        lax.concatenate(values, 1) if values else None,
+        lax.concatenate(dequantized, 1) if dequantized else None,
+        jnp.maximum(*found) if side.is_emitted else None,
+        mask,
+    )
 
 
-def _scale_exponent(block, absmax, side):
-    """The exponent of the scale of each row of a block, as `numerics.scales` defines it."""
-    spec = side.spec
-    rule, format = spec.scale, spec.format
-    if rule in ("rms_nearest", "std_floor"):
-        # In units of a power of two, so that no square leaves float32.
-        unit = jnp.minimum(_exponent(absmax), 126)
-        factor = _power(-unit) * side.factor
-        z = block * along_rows(factor, block.shape)
-        if rule == "std_floor":
-            mean = jnp.sum(z, axis=1) * np.float32(1 / GROUP)
-            z = z - along_rows(mean, block.shape)
-        mean_square = jnp.sum(z * z, axis=1) * np.float32(1 / GROUP)
-        # Half the logarithm of the square, rounded down; to nearest with twice the square.
-        alpha = (GAUSSIAN_ALPHA[format.name] / format.max) ** 2
-        square = mean_square * np.float32(2 * alpha if rule == "rms_nearest" else alpha)
-        exponent = (_exponent(square) >> 1) + unit
-    else:
-        up = {"absmax_ct175": 1 << 21, "absmax_ceil": 0x3FFFFF}.get(rule, 0)
-        exponent = ((_bits(absmax) + up) >> 23) - 127 - format.max_exponent
-    top = 127 - format.max_exponent - (rule == "absmax_floor43")
-    return jnp.clip(exponent, -127, top)
+class _Units(NamedTuple):
+    """A block in units of a power of two for each row."""
+
+    values: jax.Array  # float32 (64, 32); zeros where the abs-max is subnormal
+    four: jax.Array  # int32 (64,): the bits of four times the unit, a normal number always
+    scale: jax.Array | None  # float32 (64,): the scale in these units, a power of two; None: 1
+
+    def steps(self, count, like):
+        """So many times the scale, for each entry of an array."""
+        if self.scale is None:
+            return like.dtype.type(count)
+        return along_rows((self.scale * np.float32(count)).astype(like.dtype), like.shape)
 
 
-def _round_to_nearest(y, scale, side):
-    """The multiple of `scale` by an e2m1 level that y is nearest to; see the module."""
-    binade = _binade(jnp.maximum(jnp.abs(y), scale))
-    big = _float(binade) * np.float32(1.5 * 2.0**22)
-    rounded = (y + big) - big
-    if side.spec.scale in ("absmax_floor", "rms_nearest", "std_floor"):
-        top = scale * np.float32(side.spec.format.max)
-        rounded = jnp.minimum(jnp.maximum(rounded, -top), top)
-    return rounded
+def _in_units(block, absmax, unit, sign, side):
+    """The bits of four times the scale of each row, a normal number, and the block in units.
 
-
-def _round_stochastically(y, scale, bits, side):
-    """Up where `bits / 2**32` is below the distance to the lower level, in steps.
-
-    As `numerics.stochastic_round`, but that the comparison takes 28 bits: it can differ for
-    magnitudes below 1/64 of the scale, and there once in 2**28 entries. The magnitude is counted
-    in steps in fixed point, the complement of the random bits added, and what carries is kept.
+    The scale as `numerics.scales` defines it and clips it, to `2**-127` and what float32 holds.
+    `unit` is the exponent of the unit, as float32 has it, or None: of the scale, or near the
+    abs-max. It is only followed `_REACH` binades from the abs-max: farther all saturates in e4m3
+    or is a zero.
     """
-    magnitude = jnp.abs(y)
-    if side.spec.scale not in ("absmax_floor43", "absmax_ceil"):
-        magnitude = jnp.minimum(magnitude, scale * np.float32(side.spec.format.max))
-    binade = _binade(jnp.maximum(magnitude, scale))
-    # Steps are half a binade, so that there are less than four of them.
-    count = (magnitude * _float(_INVERSE_STEP - binade)).astype(jnp.int32)
-    random = lax.bitcast_convert_type(bits >> (32 - _FRACTION_BITS), jnp.int32)
-    count = (count + ((1 << _FRACTION_BITS) - 1) - random) >> _FRACTION_BITS
-    # 2**22 + count / 2, by its bits. The difference of the products is exact, and zero has no sign.
-    shifted = _float(count | ((127 + 22) << 23))
-    signed = _float((_bits(y) & _SIGN) | binade)
-    return shifted * signed - np.float32(2.0**22) * signed
+    rule = side.spec.scale
+    # A product, as selecting takes a comparison more.
+    is_live = jnp.minimum(_binade(absmax) * np.float32(2.0**127), np.float32(1))
+    if sign is not None:
+        is_live = is_live * sign
+    binade = _bits(absmax) >> 23
+    if unit is not None:
+        unit = jnp.minimum(jnp.maximum(unit, binade - _REACH), binade + _REACH)
+    if rule in _SQUARES_RULES:
+        # So that no square leaves float32.
+        unit = jnp.minimum(binade, 247) if unit is None else unit
+        factor = _float((254 - unit) << 23) * side.factor * is_live
+        z = block * along_rows(factor, block.shape)
+        four = jnp.clip(_exponent_by_squares(z, side) + unit, 2, 254) << 23
+        scale = _float(four - ((unit - 125) << 23))
+        if side.spec.rounding == "nearest":
+            return four, _Units(z, (unit + 2) << 23, scale)
+        inverse = _float((254 << 23) - _bits(scale))
+        return four, _Units(z * along_rows(inverse, z.shape), four, None)
+    lowest, highest = np.int32(2 << 23), np.int32(254 << 23)
+    up = {"absmax_ct175": 1 << 21, "absmax_ceil": 0x3FFFFF}.get(rule, 0)
+    four = jnp.maximum((_bits(absmax) + np.int32(up)) & _EXPONENT, lowest)
+    if rule == "absmax_floor43":
+        four = jnp.minimum(four, highest - (1 << 23))
+    elif up:
+        four = jnp.minimum(four, highest)
+    scale, of_unit = None, four
+    if unit is not None:
+        of_unit = (unit + 2) << 23
+        scale = _float(four - ((unit - 125) << 23))
+    inverse = _float(_SIGN - of_unit)  # one over the unit
+    if rule == "absmax_floor43":
+        block = block * side.factor  # two roundings, as in the definition
+        factor = inverse * np.float32(0.75)
+    else:
+        factor = inverse * side.factor
+    return four, _Units(block * along_rows(factor * is_live, block.shape), of_unit, scale)
 
 
-def _quantize_rows(y, side, scale, mask_bound) -> Chunk:
+def _exponent_by_squares(z, side):
+    """The exponent of the scale of each row, in units of z, plus two; not clipped."""
+    rule, format = side.spec.scale, side.spec.format
+    if rule == "std_floor":
+        mean = jnp.sum(z, axis=1) * np.float32(1 / GROUP)
+        z = z - along_rows(mean, z.shape)
+    # Half the logarithm of the square, rounded down; to nearest with twice the square.
+    alpha = (GAUSSIAN_ALPHA[format.name] / format.max) ** 2
+    square = jnp.sum(z * z, axis=1) * np.float32(
+        (2 if rule == "rms_nearest" else 1) * alpha / GROUP
+    )
+    return ((_bits(square) + (1 << 23)) >> 24) - 62
+
+
+def _round_to_nearest(v, units):
+    """The e2m1 level that v is nearest to, up to 8 and beyond; see the module."""
+    big = _binade(jnp.maximum(jnp.abs(v), units.steps(1, v))) * np.float32(1.5 * 2.0**22)
+    return (v + big) - big
+
+
+def _round_stochastically(v, complement, side):
+    """Up where `bits / 2**32` is below the distance to the lower level, in steps; takes `~bits`.
+
+    One bit of the mantissa stays. The complement of the first 22 random bits is added to the 22
+    below it, which carries where it should, and those are cut off. Magnitudes below 1, the
+    subnormal range of e2m1, have the same step as those from 1 to 2, so that 1 is added to them
+    first. As `numerics.stochastic_round`, bit by bit for magnitudes from 1 on; below, the sum is
+    rounded to `2**-22` steps, so that it is the other level once in `2**22` entries at most.
+    """
+    if side.spec.scale not in ("absmax_floor43", "absmax_ceil"):  # by which nothing exceeds 6
+        top = np.float32(side.spec.format.max)
+        v = jnp.minimum(jnp.maximum(v, -top), top)
+    offset = (jnp.abs(v) < 1).astype(jnp.float32)
+    offset = _float(_bits(offset) | (_bits(v) & _SIGN))
+    random = lax.bitcast_convert_type(complement >> (32 - _RANDOM_BITS), jnp.int32)
+    rounded = (_bits(v + offset) + random) & np.int32(-(1 << _RANDOM_BITS))
+    return _float(rounded) - offset  # zero has no sign: 1 - 1 or -1 + 1
+
+
+def _quantize_rows(y, side, scale, sign, mask_bound) -> Chunk:
     """Formats with one scale a row: y over the scale, rounded to the levels."""
     format = side.spec.format
     statistic = None
@@ -202,10 +291,12 @@ def _quantize_rows(y, side, scale, mask_bound) -> Chunk:
         is_sum = statistic_of(side.spec) == "squares"
         statistic = jnp.sum(z * z, axis=1) if is_sum else jnp.max(jnp.abs(z), axis=1)
     if scale is None:
-        return Chunk(None, statistic, [])
+        return Chunk(None, None, statistic, [])
     is_live = scale > 0  # else the row counts as zeros
     divisor = jnp.where(is_live, scale, np.float32(1))
     factor = jnp.where(is_live, side.factor, np.float32(0))
+    if sign is not None:
+        y = jnp.where(y == 0, y, y * along_rows(sign, y.shape))  # e4m3 has a zero of each sign
     units = y * along_rows(factor, y.shape) / along_rows(divisor, y.shape)
     mask = []
     if mask_bound is not None:
@@ -215,7 +306,7 @@ def _quantize_rows(y, side, scale, mask_bound) -> Chunk:
     values = _round_midrise(units, format) if format.kind == "midrise" else units
     if side.is_given:  # the scale was given and need not tell of a NaN or an infinity
         values = jnp.where(jnp.abs(units) < np.float32(np.inf), values, np.float32(np.nan))
-    return Chunk(values, statistic, mask)
+    return Chunk(values, None, statistic, mask)
 
 
 def _round_midrise(y, format):
@@ -250,7 +341,10 @@ def combine(found, new, spec):
     """The statistic of two chunks of the same rows; `found` is None before the first."""
     if found is None:
         return new
-    return found + new if statistic_of(spec) == "squares" else jnp.maximum(found, new)
+    if statistic_of(spec) == "squares":
+        return found + new
+    # As integers, of which NaN is the largest: what XLA makes of maxima for a CPU may lose it.
+    return _float(jnp.maximum(_bits(jnp.abs(found)), _bits(jnp.abs(new))))
 
 
 def along_rows(vector, shape):
@@ -258,23 +352,24 @@ def along_rows(vector, shape):
     return lax.broadcast_in_dim(vector, shape, [0])
 
 
+def along_columns(vector, shape):
+    """A number for each column, repeated along it."""
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def cut_to_bfloat16(x):
+    """float32 without the bits that bfloat16 has not."""
+    return _float(_bits(x) & np.int32(-(2**16)))
+
+
 def _bits(x):
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _binade(x):
-    """Bits of the power of two below x >= 0."""
-    return _bits(x) & 0x7F800000
-
-
-def _exponent(x):
-    """Of x > 0."""
-    return (_bits(x) >> 23) - 127
+    """The power of two below x >= 0."""
+    return _float(_bits(x) & _EXPONENT)
 
 
 def _float(bits):
     return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _power(exponent):
-    return _float((exponent + 127) << 23)

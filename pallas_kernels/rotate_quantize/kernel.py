@@ -4,11 +4,15 @@ A block reads a tile of x (m, k) and writes the same tile of two operands: the r
 k, and the columns, quantized along m and stored as (k, m), as the FP8 tensor cores want both. The
 rotations are products with matrices of +1 and -1. The one along m takes the tile in shared memory
 as a transposed operand, so that nothing is moved to transpose it; without a rotation the matrix is
-the identity. Each side works through the tile in chunks of 64 x 64, see `chunk.py`. One warpgroup a
-block and no pipeline: many small blocks hid latency better on an H100 than a persistent ring of
-tiles.
+the identity. Signs of the coordinates are not part of the matrices: the tile in shared memory is
+multiplied by those of both axes before it is rotated, so that along the other axis they are signs
+of whole rows, which are multiplied by once more where the rows are scaled. x in float32 is loaded
+to registers and stored as three bfloat16 terms, of which it is the sum. Each side works through the
+tile in chunks of 64 x 64, see `chunk.py`. One warpgroup a block and no pipeline: many small blocks
+hid latency better on an H100 than a persistent ring of tiles.
 """
 
+import functools
 import math
 
 import jax
@@ -22,8 +26,10 @@ from pallas_kernels.rotate_quantize.chunk import (
     CHUNK,
     GROUP,
     Side,
+    along_columns,
     along_rows,
     combine,
+    cut_to_bfloat16,
     quantize_chunk,
     stored,
 )
@@ -50,11 +56,12 @@ def quantize_tiles(
       rows: What is done along k; None: nothing.
       columns: Along m.
       operands: What the sides need, its names ending in "rows" and "columns": "rotation_*",
-        bfloat16 `(span, span)`, or `(extent of the axis, span)` if signed; where codes are made
-        "scales_*", float32, one for each row of the operand: of the folded operand, without its
-        global scale, or that of the format if it has one scale a row; "seeds_*" of the random bits
-        of each row, if it is rounded at random.
-      requantize: Makes the columns of the rounded rows; x is not used for them.
+        bfloat16 `(span, span)`; "signs_*", float32, of each coordinate along the axis, if signed;
+        where codes are made "scales_*", float32, one for each row of the operand: of the folded
+        operand, without its global scale, or that of the format if it has one scale a row;
+        "seeds_*" of the random bits of each row, if it is rounded at random.
+      requantize: Makes the columns of the rounded rows; x is not used for them. These need no
+        scales.
       mask_bound: Writes the mask `|x / scale| <= mask_bound` of the rotated rows; None: none.
       tile: Of one block.
       interpret: On the CPU.
@@ -70,21 +77,27 @@ def quantize_tiles(
     # Rows of the tile of each operand, and columns, along which it is rotated.
     extents = {"rows": (tile_m, tile_k), "columns": (tile_k, tile_m)}
     shapes = {"rows": (m, k), "columns": (k, m)}
-    shared_rotation = len({side.block_size for side in sides.values()}) < len(sides) and not any(
-        side.is_signed for side in sides.values()
-    )
+    shared_rotation = len({side.block_size for side in sides.values()}) < len(sides)
+    # The axes with signs that x is multiplied by; rounded rows are, where they are made.
+    signed = {name for name, side in sides.items() if side.is_signed}
+    flipped = signed - {"columns"} if requantize else signed
     terms = _TERMS[jnp.dtype(x.dtype)]
     inputs, out = {"x": x}, {}
-    scratch = {"x": swizzled(tile, x.dtype, 128 // x.dtype.itemsize)}
-    if terms > 1:
-        scratch["terms"] = swizzled((terms, *tile), jnp.bfloat16, CHUNK)
+    # Its terms, if it has more than one, are made on the way to shared memory.
+    shape = tile if terms == 1 else (terms, *tile)
+    scratch = {"x": swizzled(shape, jnp.bfloat16, CHUNK)}
     for name, side in sides.items():
         height, width = extents[name]
         if not (name == "columns" and shared_rotation):
             inputs["rotation_" + name] = operands["rotation_" + name]
-            shape = (width if side.is_signed else side.span, side.span)
+            shape = (side.span, side.span)
             scratch["rotation_" + name] = swizzled(shape, jnp.bfloat16, CHUNK)
-        for kind in ("scales_", "seeds_"):
+        if name == "rows" and side.is_signed:
+            # Twice, for a vector is loaded in one layout only.
+            inputs["turned_rows"] = operands["signs_rows"]
+        for kind in ("signs_", "scales_", "seeds_"):
+            if (kind, name) == ("signs_", "rows") and (requantize or len(sides) == 1):
+                continue
             if kind + name in operands:
                 inputs[kind + name] = operands[kind + name]
         if side.is_written:
@@ -107,7 +120,7 @@ def quantize_tiles(
             f"rotate_quantize: a block has {_SHARED_BYTES} bytes of shared memory, a tile of {tile}"
             f" in {x.dtype} takes {size}; cast x to bfloat16 or use smaller transforms."
         )
-    copied = [name for name in scratch if name in inputs]
+    copied = [name for name in scratch if name in inputs and (name != "x" or terms == 1)]
     scratch["barrier"] = plgpu.Barrier(num_arrivals=len(copied))
 
     def body(*refs):
@@ -117,14 +130,9 @@ def quantize_tiles(
         tile_index = {"rows": lax.axis_index("m"), "columns": lax.axis_index("k")}
         first = {name: tile_index[name] * extents[name][0] for name in tile_index}
         across = {"rows": "columns", "columns": "rows"}
+        x_tile = given["x"].at[pl.ds(first["rows"], tile_m), pl.ds(first["columns"], tile_k)]
         for name in copied:
-            source = given[name]
-            if name == "x":
-                source = source.at[pl.ds(first["rows"], tile_m), pl.ds(first["columns"], tile_k)]
-            else:
-                axis = name.removeprefix("rotation_")
-                if sides[axis].is_signed:
-                    source = source.at[pl.ds(first[across[axis]], extents[axis][1])]
+            source = x_tile if name == "x" else given[name]
             plgpu.copy_gmem_to_smem(source, local[name], local["barrier"])
         vectors = {
             name: _load_chunks(given[name], first[axis], extents[axis][0])
@@ -132,41 +140,79 @@ def quantize_tiles(
             for name in ("scales_" + axis, "seeds_" + axis)
             if name in given
         }
-        plgpu.barrier_wait(local["barrier"])
-        parts = _split(local, terms, tile)
+        # Of the coordinates along each axis, as rows of the chunks across it.
+        signs = {
+            axis: _load_chunks(given["signs_" + axis], first[across[axis]], extents[axis][1])
+            for axis in signed
+            if "signs_" + axis in given
+        }
+        tile_signs = {"rows": None, "columns": signs["columns"] if "columns" in flipped else None}
+        if "rows" in flipped:
+            tile_signs["rows"] = _load_chunks(given["turned_rows"], first["columns"], tile_k, 0)
+        if terms == 1:
+            plgpu.barrier_wait(local["barrier"])
+            parts = [local["x"]]
+            if flipped:
+                _store_terms(parts, parts[0], tile, **tile_signs)
+        else:
+            parts = [local["x"].at[t] for t in range(terms)]
+            _store_terms(parts, x_tile, tile, **tile_signs)
+            plgpu.barrier_wait(local["barrier"])
         rounded = local.get("rounded", parts[0])
+        # A pass that writes no operand takes fewer registers in loops, and has more blocks then.
+        is_rolled = not any(side.is_written for side in sides.values())
 
         def quantize_side(name, parts):
             side = sides[name]
             rotation = local["rotation_rows" if shared_rotation else "rotation_" + name]
             height, width = extents[name]
-            for i in range(height // CHUNK):
+
+            def quantize(i, j, found):
+                """Returns the statistic of the row of chunks up to this one."""
                 row = pl.ds(first[name] + i * CHUNK, CHUNK)
-                scale = vectors["scales_" + name][i] if "scales_" + name in vectors else None
-                seed = vectors["seeds_" + name][i] if "seeds_" + name in vectors else None
+                column = first[across[name]] + j * CHUNK
+                sign = again = None
+                if name == "rows" and requantize:
+                    again = jnp.ones((CHUNK,), jnp.float32)
+                    if "columns" in signed:
+                        again = _at(signs["columns"], i)
+                elif not requantize and across[name] in flipped:
+                    sign = _at(signs[across[name]], i)
+                chunk = quantize_chunk(
+                    _rotate(parts, rotation, side, i, j, is_transposed=name == "columns"),
+                    side,
+                    _at(vectors.get("scales_" + name), i),
+                    sign=sign,
+                    seed=_at(vectors.get("seeds_" + name), i),
+                    column=column,
+                    mask_bound=mask_bound if name == "rows" else None,
+                    again=again,
+                )
+                for half, word in enumerate(chunk.mask):
+                    made["mask"][lax.div(column, GROUP) + half, row] = word
+                if chunk.again is not None:
+                    plgpu.commit_smem()  # the warpgroup has read what is overwritten
+                    rounded[pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK)] = chunk.again
+                if side.is_written:
+                    staged = local["values_" + name].at[i * (width // CHUNK) + j]
+                    staged[...] = stored(chunk.values, interpret=interpret)
+                    plgpu.commit_smem()
+                    target = made["values_" + name].at[row, pl.ds(column, CHUNK)]
+                    plgpu.copy_smem_to_gmem(staged, target)
+                return combine(found, chunk.statistic, side.spec) if side.is_emitted else found
+
+            def quantize_row(i, _):
+                is_row_rolled = is_rolled and side.span == CHUNK
                 found = None
-                for j in range(width // CHUNK):
-                    column = first[across[name]] + j * CHUNK
-                    y = _rotate(parts, rotation, side, i, j, is_transposed=name == "columns")
-                    bound = mask_bound if name == "rows" else None
-                    chunk = quantize_chunk(y, side, scale, seed, column, bound)
-                    if side.is_emitted:
-                        found = combine(found, chunk.statistic, side.spec)
-                    for half, word in enumerate(chunk.mask):
-                        made["mask"][lax.div(column, GROUP) + half, row] = word
-                    if name == "rows" and requantize:
-                        plgpu.commit_smem()  # the warpgroup has read what is overwritten
-                        again = chunk.values * along_rows(scale, (CHUNK, CHUNK))
-                        here = (pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK))
-                        rounded[here] = again.astype(jnp.bfloat16)
-                    if side.is_written:
-                        staged = local["values_" + name].at[i * (width // CHUNK) + j]
-                        staged[...] = stored(chunk.values, interpret=interpret)
-                        plgpu.commit_smem()
-                        target = made["values_" + name].at[row, pl.ds(column, CHUNK)]
-                        plgpu.copy_smem_to_gmem(staged, target)
+                if is_row_rolled and side.is_emitted:
+                    found = jnp.zeros((CHUNK,), jnp.float32)
+                one = functools.partial(quantize, i)
+                found = _repeat(width // CHUNK, one, found, is_row_rolled)
                 if side.is_emitted:
+                    row = pl.ds(first[name] + i * CHUNK, CHUNK)
                     made["statistic_" + name][tile_index[across[name]], row] = found
+
+            _repeat(height // CHUNK, quantize_row, None, is_rolled)
 
         if rows is not None:
             quantize_side("rows", parts)
@@ -190,40 +236,71 @@ def quantize_tiles(
     return dict(zip(out, results, strict=True))
 
 
-def _load_chunks(ref, first, length):
-    """The entries of a vector in global memory that belong to each chunk of rows."""
-    layout = plgpu.Layout.WGMMA.reduce(1)
+def _repeat(count, one, carry, is_rolled):
+    """`carry = one(i, carry)` for each i below count, in a loop or one after the other."""
+    if is_rolled:
+        return lax.fori_loop(0, count, one, carry)
+    for i in range(count):
+        carry = one(i, carry)
+    return carry
+
+
+def _at(vectors, i):
+    """The i-th of a few vectors, also where i is known when the kernel runs; None of None."""
+    if vectors is None:
+        return None
+    if isinstance(i, int):
+        return vectors[i]
+    found = vectors[0]
+    for n, vector in enumerate(vectors[1:], 1):
+        found = lax.select(lax.broadcast(i == n, vector.shape), vector, found)
+    return found
+
+
+def _load_chunks(ref, first, length, reduced=1):
+    """The entries of a vector in global memory that belong to each chunk of rows, or of columns."""
+    layout = plgpu.Layout.WGMMA.reduce(reduced)
     starts = range(0, length, CHUNK)
     return [load(ref.at[pl.ds(first + start, CHUNK)], layout) for start in starts]
 
 
-def _split(local, terms, tile):
-    """The tile as bfloat16 matrices in shared memory whose sum it is."""
-    if terms == 1:
-        return [local["x"]]
-    for i in range(0, tile[0], CHUNK):
-        for j in range(0, tile[1], CHUNK):
-            here = (pl.ds(i, CHUNK), pl.ds(j, CHUNK))
-            rest = load(local["x"].at[here], plgpu.Layout.WGMMA)
-            for t in range(terms):
-                term = rest.astype(jnp.bfloat16)
-                local["terms"].at[t][here] = term
-                rest = rest - term.astype(jnp.float32)
+def _store_terms(parts, x, tile, rows, columns):
+    """Writes the tile times its signs as bfloat16 matrices whose sum it is.
+
+    `rows` are the signs of the coordinates along rows for each chunk of columns, `columns` those
+    for each chunk of rows, None for no signs.
+    """
+    for i in range(tile[0] // CHUNK):
+        for j in range(tile[1] // CHUNK):
+            here = (pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK))
+            rest = load(x.at[here], plgpu.Layout.WGMMA)
+            if rows is not None:
+                sign = along_columns(rows[j].astype(rest.dtype), rest.shape)
+                rest = rest * plgpu.layout_cast(sign, plgpu.Layout.WGMMA)
+            if columns is not None:
+                sign = along_rows(columns[i].astype(rest.dtype), rest.shape)
+                rest = rest * plgpu.layout_cast(sign, plgpu.Layout.WGMMA)
+            if len(parts) == 1:
+                parts[0][here] = rest
+                continue
+            for part in parts:
+                # Cut off, not rounded: eight bits of the mantissa a term are all of them.
+                term = cut_to_bfloat16(rest)
+                part[here] = term.astype(jnp.bfloat16)
+                rest = rest - term
     plgpu.commit_smem()
-    return [local["terms"].at[t] for t in range(terms)]
 
 
 def _rotate(parts, rotation, side, i, j, *, is_transposed):
     """Rows 64 i and columns 64 j on of the tile, or its transpose, rotated and not yet scaled."""
     ways = side.span // CHUNK
-    first = j // ways * ways  # of the chunks that this one is made of
+    first = j if ways == 1 else j // ways * ways  # of the chunks that this one is made of
 
     def product(sums):
         for way in range(ways):
             column = pl.ds((first + way) * CHUNK, CHUNK)
             row = pl.ds(i * CHUNK, CHUNK)
-            height = (first + way if side.is_signed else way) * CHUNK
-            matrix = rotation.at[pl.ds(height, CHUNK), pl.ds((j - first) * CHUNK, CHUNK)]
+            matrix = rotation.at[pl.ds(way * CHUNK, CHUNK), pl.ds((j - first) * CHUNK, CHUNK)]
             for part in parts:
                 a = part.at[column, row].T if is_transposed else part.at[row, column]
                 plgpu.wgmma(sums, a, matrix)

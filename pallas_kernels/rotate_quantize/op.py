@@ -10,9 +10,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.numerics import QuantSpec, quantize
-from lowbit_jax.numerics.floats import SMALLEST_NORMAL
+from lowbit_jax.numerics.floats import SMALLEST_NORMAL, power_of_two
 from lowbit_jax.numerics.random_bits import row_seeds
-from lowbit_jax.numerics.scales import block_scales
+from lowbit_jax.numerics.scales import block_scales, is_nan_scale
 from lowbit_jax.numerics.spec import GAUSSIAN_ALPHA, GLOBAL_SCALE_RULES, POWER_OF_TWO_RULES
 from lowbit_jax.rotations.hadamard import Hadamard, hadamard_matrix
 from pallas_kernels.folded import Folded, row_scales
@@ -44,15 +44,17 @@ def rotate_quantize(
     What `rotate_quantize_reference` computes. The same bits, where sums of the rotation are exact
     in float32. The scales of rows by the rule "rms" come from a float32 sum of squares and may
     differ in their last bits, those by "rms_nearest" and "std_floor" by a factor of 2 where the sum
-    lies within `2**-18` of a boundary between two powers of two.
+    lies within `2**-18` of a boundary between two powers of two. Stochastic rounding takes 22 bits
+    of the distance to the lower level for entries below their block's scale: at most once in
+    `2**22` of those it takes the other level.
 
     One pass reads x and writes both operands, if the references are given; exact ones need one
-    more pass, which only reads, or two with `requantize`. A matrix whose sides are no multiples of
-    the tile is padded with zeros, which copies it.
+    more pass, which only reads. A matrix whose sides are no multiples of the tile is padded with
+    zeros, which copies it.
 
     A NaN or an infinity makes the scales of its row and its column NaN, or some of their values if
-    references were given; with `requantize` those of all columns, or if a `row_reference` was given
-    of the 64 or 128 that were rotated together with it.
+    references were given; with `requantize` also those of the columns that were rotated together
+    with it, in spans of 64 or 128.
 
     Args:
       x: `(m, k)`, bfloat16 or float32.
@@ -99,9 +101,13 @@ def rotate_quantize(
     operands = {}
     for name, target in targets.items():
         along, padded_along, across, padded_across = extents[name]
-        operands["rotation_" + name] = _rotation_matrix(
-            target.rotation, keys[name].rotation, along, padded_along, x.dtype
-        )
+        operands["rotation_" + name] = _rotation_matrix(target.rotation)
+        if _is_signed(target):
+            rotation_key = keys[name].rotation
+            assert rotation_key is not None  # as checked
+            # As Hadamard draws them.
+            signs = jax.random.rademacher(rotation_key, (along,), x.dtype).astype(jnp.float32)
+            operands["signs_" + name] = jnp.pad(signs, (0, padded_along - along), constant_values=1)
         rounding_key = keys[name].rounding
         if target.spec.rounding == "stochastic":
             assert rounding_key is not None  # as checked
@@ -111,12 +117,17 @@ def rotate_quantize(
     def launch(written, emitted, mask_bound=None):
         """One pass; only with what it needs."""
         of_rows = requantize and "columns" in (*written, *emitted)
-        quantized = {*written, "rows"} if of_rows else {*written}
-        needed = {*emitted, *quantized}
+        needed = [name for name in targets if name in (*written, *emitted)]
+        if of_rows and "rows" not in needed:
+            needed = ["rows", *needed]
         inputs = {}
         for name in needed:
-            inputs["rotation_" + name] = operands["rotation_" + name]
-            if name not in quantized:
+            for kind in ("rotation_", "signs_"):
+                if kind + name in operands:
+                    inputs[kind + name] = operands[kind + name]
+            if "seeds_" + name in operands and (name in written or (name == "rows" and of_rows)):
+                inputs["seeds_" + name] = operands["seeds_" + name]
+            if name not in written:
                 continue
             _, _, across, padded_across = extents[name]
             scales, spec = references[name], targets[name].spec
@@ -125,8 +136,6 @@ def rotate_quantize(
             inputs["scales_" + name] = jnp.pad(
                 scales, (0, padded_across - across), constant_values=1
             )
-            if "seeds_" + name in operands:
-                inputs["seeds_" + name] = operands["seeds_" + name]
         sides = {
             name: Side(
                 spec=targets[name].spec,
@@ -156,10 +165,8 @@ def rotate_quantize(
         return out, found
 
     missing = [name for name in targets if given[name] is None]
-    of_rounded = [name for name in missing if name == "columns" and requantize]
-    for names in ([name for name in missing if name not in of_rounded], of_rounded):
-        if names:
-            references |= launch([], names)[1]
+    if missing:
+        references |= launch([], missing)[1]
     emitted = [name for name in targets if name not in missing] if emit_references else []
     out, found = launch(list(targets), emitted, mask_bound)
     returned = {name: references[name] for name in missing} | found
@@ -275,19 +282,13 @@ def _is_signed(target: Target) -> bool:
     return target.rotation is not None and target.rotation.needs_key
 
 
-def _rotation_matrix(rotation: Hadamard | None, key, extent: int, padded: int, dtype):
-    """bfloat16 `(span, span)`, or one of them for every span of the axis, with its signs."""
+def _rotation_matrix(rotation: Hadamard | None):
+    """bfloat16 `(span, span)`, without signs."""
     if rotation is None:
         return jnp.eye(CHUNK, dtype=jnp.bfloat16)
     block = hadamard_matrix(rotation.block_size)
     count = max(1, CHUNK // rotation.block_size)
-    matrix = jnp.asarray(np.kron(np.eye(count, dtype=np.int8), block), jnp.bfloat16)
-    if not rotation.needs_key:
-        return matrix
-    # As Hadamard draws them.
-    signs = jax.random.rademacher(key, (extent,), dtype).astype(jnp.bfloat16)
-    signs = jnp.pad(signs, (0, padded - extent), constant_values=1)
-    return signs[:, None] * jnp.tile(matrix, (padded // len(matrix), 1))
+    return jnp.asarray(np.kron(np.eye(count, dtype=np.int8), block), jnp.bfloat16)
 
 
 def _global_scale(spec: QuantSpec):
@@ -304,9 +305,13 @@ def _reference(statistic, spec: QuantSpec, length: int):
     if kind == "scale":
         return jnp.max(statistic, axis=0)
     if kind == "absmax":
-        # The scale of a row or tensor is that of the maxima of its parts.
+        # The scale of a row or tensor, and the largest of its blocks, is that of its parts' maxima.
         axis = (-2, -1) if spec.block_size == "tensor" else -1
         scales = block_scales(statistic.T, spec, axis).scales
+        if spec.scale in POWER_OF_TWO_RULES:
+            exponents = jnp.maximum(scales.astype(jnp.int32) - 127, -126)
+            largest = power_of_two(jnp.minimum(exponents, 127))
+            scales = jnp.where(is_nan_scale(scales), np.float32(np.nan), largest)
         return jnp.broadcast_to(scales.reshape(-1), statistic.shape[1:])
     mean_square = jnp.sum(statistic, axis=0) * np.float32(1 / length)
     alpha = GAUSSIAN_ALPHA[spec.format.name] / spec.format.max

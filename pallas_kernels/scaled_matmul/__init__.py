@@ -1,4 +1,4 @@
-"""Products of FP8 or bfloat16 operands with row scales, exact for folded 4-bit operands."""
+"""Products of FP8 or bfloat16 operands with row scales, promoted to float32 sums on the way."""
 
 from pallas_kernels.scaled_matmul.op import scaled_matmul
 from pallas_kernels.scaled_matmul.reference import scaled_matmul_reference

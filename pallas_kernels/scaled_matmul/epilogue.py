@@ -1,4 +1,10 @@
-"""What the kernel of `scaled_matmul` does with a tile of sums: scales, mask, Hadamard, store."""
+"""What the kernel of `scaled_matmul` does with a tile of sums: scales, mask, Hadamard, store.
+
+Nothing here waits for global memory: the loading warpgroup has put scales and mask words beside
+the operands, and the copies of a tile are awaited when the next tile takes their place. Between
+the sums and the result no entry leaves the registers: the tensor core takes the left operand of a
+product with the Hadamard matrix from there.
+"""
 
 import dataclasses
 import math
@@ -10,10 +16,12 @@ from jax.experimental import pallas as pl
 
 from lowbit_jax.rotations.hadamard import hadamard_matrix
 from pallas_kernels.compat import load, plgpu, swizzled
+from pallas_kernels.folded import WORD
 
-# Columns written at a time: 128 bytes of bfloat16, and K of one product with the Hadamard matrix.
+# Columns of 128 bytes of bfloat16.
 CHUNK = 64
 HADAMARD_BLOCKS = (16, 32, 64, 128)
+_ROW_BYTES = 128  # of a swizzled buffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,66 +30,125 @@ class Epilogue:
 
     Attributes:
       out_dtype: `np.dtype` of bfloat16 or float32.
+      has_a_scales: Whether rows are scaled.
+      has_b_scales: Whether columns are scaled.
+      has_mask: Whether entries are masked.
       inverse_hadamard: Block size, or None.
     """
 
     out_dtype: np.dtype
+    has_a_scales: bool = False
+    has_b_scales: bool = False
+    has_mask: bool = False
     inverse_hadamard: int | None = None
 
     @property
-    def slots(self) -> int:
-        """Output buffers that one chunk fills: a row of a buffer has 128 bytes."""
-        return CHUNK * self.out_dtype.itemsize // 128
-
-    @property
-    def group(self) -> int:
-        """Chunks that are transformed together."""
-        return max(1, (self.inverse_hadamard or 1) // CHUNK)
+    def hadamard_side(self) -> int:
+        """Rows and columns of the matrix that a piece is multiplied with."""
+        return min(max(self.inverse_hadamard or CHUNK, 32), CHUNK)
 
     @property
     def terms(self) -> int:
         """bfloat16 numbers that stand for one entry while it is transformed."""
-        return self.slots
+        return self.out_dtype.itemsize // 2
 
-    @property
-    def out_slots(self) -> int:
-        """Output buffers of a consumer: two chunks of bfloat16 take turns, one of float32 waits."""
-        return max(2, self.slots * self.group)
+    def stored_columns(self, tile_n: int) -> int:
+        """Columns of a tile that are written together.
 
-    def shared_bytes(self, tile_m: int) -> int:
+        All, where the buffer then leaves room for four stages of operands; else as few as can be.
+        """
+        if self.out_dtype.itemsize == 2 and tile_n <= 3 * CHUNK:
+            return tile_n
+        return max(CHUNK, self.inverse_hadamard or 0)
+
+    def buffers(self, tile_n: int) -> int:
+        """Output buffers of a consumer: parts of a tile of bfloat16 take turns."""
+        columns = self.stored_columns(tile_n)
+        return 1 if columns == tile_n or self.out_dtype.itemsize == 4 else 2
+
+    def input_shapes(self, tile_m: int, tile_n: int) -> dict:
+        """Shapes and dtypes of the inputs that each tile reads, by name."""
+        shapes = {}
+        if self.has_a_scales:
+            shapes["a_scales"] = (tile_m,), jnp.float32
+        if self.has_b_scales:
+            shapes["b_scales"] = (tile_n,), jnp.float32
+        if self.has_mask:
+            shapes["mask"] = (tile_n // WORD, tile_m), jnp.uint32
+        return shapes
+
+    def shared_bytes(self, tile_m: int, tile_n: int) -> int:
         """Shared memory of all consumers, bytes."""
-        size = tile_m * self.out_slots * 128
+        columns = self.stored_columns(tile_n) * self.buffers(tile_n)
+        size = tile_m * columns * self.out_dtype.itemsize
+        size += sum(4 * math.prod(shape) for shape, _ in self.input_shapes(tile_m, tile_n).values())
         if self.inverse_hadamard:
-            size += self.group * CHUNK * 128
-            if self.terms > 1:
-                size += tile_m * self.group * self.terms * 128
+            size += len(_signs(self.inverse_hadamard)) * 2 * self.hadamard_side**2
         return size
 
 
-def hadamard_operand(block_size: int):
-    """`(signs, 64, 64)` bfloat16: blocks of +1 and -1 on the diagonal; for 128 also negated."""
-    if block_size <= CHUNK:
-        blocks = np.kron(np.eye(CHUNK // block_size), hadamard_matrix(block_size))[None]
-    else:  # H_128 = [[H_64, H_64], [H_64, -H_64]]
-        blocks = np.stack([hadamard_matrix(CHUNK), -hadamard_matrix(CHUNK)])
-    return jnp.asarray(blocks, jnp.bfloat16)
+def _signs(block_size):
+    """Of the quarters of Sylvester's matrix: H_128 = [[H_64, H_64], [H_64, -H_64]]."""
+    return (1, -1) if block_size > CHUNK else (1,)
 
 
-def epilogue_scratch(epilogue: Epilogue, consumers: int, rows: int) -> dict:
+def hadamard_operand(epilogue: Epilogue):
+    """`(signs, side, side)` bfloat16: blocks of +1 and -1 on the diagonal; for 128 also negated."""
+    block_size = epilogue.inverse_hadamard
+    assert block_size is not None
+    side = epilogue.hadamard_side
+    block = hadamard_matrix(min(block_size, side))
+    matrix = np.kron(np.eye(side // len(block)), block)
+    return jnp.asarray([sign * matrix for sign in _signs(block_size)], jnp.bfloat16)
+
+
+def epilogue_scratch(epilogue: Epilogue, config, interpret: bool) -> dict:
     """Shared memory and barriers by name."""
-    width = CHUNK // epilogue.slots
-    shape = (consumers, epilogue.out_slots, rows, width)
-    scratch = {"out_slots": swizzled(shape, epilogue.out_dtype)}
+    rows = config.tile_m // config.consumers
+    columns = epilogue.stored_columns(config.tile_n)
+    shape = (config.consumers, epilogue.buffers(config.tile_n), rows, columns)
+    row_elements = _ROW_BYTES // epilogue.out_dtype.itemsize
+    scratch = {"out_buffers": swizzled(shape, epilogue.out_dtype, row_elements)}
+    inputs = epilogue.input_shapes(config.tile_m, config.tile_n)
+    scratch |= {name: plgpu.SMEM(*shape_dtype) for name, shape_dtype in inputs.items()}
+    if inputs:
+        scratch["inputs_full"] = plgpu.Barrier(num_arrivals=len(inputs))
+        scratch["inputs_empty"] = plgpu.Barrier(num_arrivals=config.consumers)
     if epilogue.inverse_hadamard:
-        scratch["hadamard"] = swizzled((epilogue.group, CHUNK, CHUNK), jnp.bfloat16)
+        side = epilogue.hadamard_side
+        signs = len(_signs(epilogue.inverse_hadamard))
+        scratch["hadamard"] = swizzled((signs, side, side), jnp.bfloat16)
         scratch["hadamard_full"] = plgpu.Barrier()
-        if epilogue.terms > 1:
-            shape = (consumers, epilogue.group * epilogue.terms, rows, CHUNK)
-            scratch["terms"] = swizzled(shape, jnp.bfloat16)
+        if interpret:
+            scratch["term"] = swizzled((config.consumers, rows, side), jnp.bfloat16)
     return scratch
 
 
-def write_tile(epilogue, total, row, column, inputs, out, shared, warpgroup):
+def load_inputs(epilogue, config, row, column, inputs, shared):
+    """Starts the copies of what the tile at `row` and `column` needs beside its operands.
+
+    Args:
+      epilogue: What to do.
+      config: Sizes of a tile.
+      row: First row of the tile.
+      column: Its first column.
+      inputs: References in global memory by name.
+      shared: References of `epilogue_scratch` by name.
+    """
+    slices = {
+        "a_scales": (pl.ds(row, config.tile_m),),
+        "b_scales": (pl.ds(column, config.tile_n),),
+        "mask": (
+            pl.ds(column // WORD, config.tile_n // WORD),
+            pl.ds(row, config.tile_m),
+        ),
+    }
+    for name in epilogue.input_shapes(config.tile_m, config.tile_n):
+        source = inputs[name].at[slices[name]]
+        plgpu.copy_gmem_to_smem(source, shared[name], shared["inputs_full"])
+
+
+def write_tile(epilogue, total, row, column, out, shared, warpgroup):
     """Scales, masks and transforms the sums of this warpgroup and copies them to `out`.
 
     Args:
@@ -89,99 +156,95 @@ def write_tile(epilogue, total, row, column, inputs, out, shared, warpgroup):
       total: `(rows, tile_n)` float32, in the layout of an accumulator.
       row: First row in `out`.
       column: First column in `out`.
-      inputs: References in global memory by name, None where there is none.
       out: `(m, n)` in global memory; what lies outside is not written.
       shared: References of `epilogue_scratch` by name.
       warpgroup: Which of the consumers this is.
     """
     rows, tile_n = total.shape
-    row_slice = pl.ds(row, rows)
-    by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    a_scales = None
-    if inputs["a_scales"] is not None:
-        a_scales = load(inputs["a_scales"].at[row_slice], by_row)
+    has_inputs = "inputs_full" in shared
+    if has_inputs:
+        plgpu.barrier_wait(shared["inputs_full"])
+    finished = _finisher(epilogue, total, shared, pl.ds(warpgroup * rows, rows))
 
-    def finished(chunk):  # scaled and masked
-        piece = total[:, chunk * CHUNK : (chunk + 1) * CHUNK]
-        if a_scales is not None:
+    side = epilogue.hadamard_side
+    columns, buffers = epilogue.stored_columns(tile_n), epilogue.buffers(tile_n)
+    assert tile_n // columns % buffers == 0  # so that each tile begins with the first buffer
+    for index, start in enumerate(range(0, tile_n, columns)):
+        pieces = [finished(first, side) for first in range(start, start + columns, side)]
+        if epilogue.inverse_hadamard:
+            pieces = _transformed(epilogue, pieces, shared, warpgroup)
+        part = lax.concatenate([piece.astype(epilogue.out_dtype) for piece in pieces], 1)
+        # The buffer is free when the copies of the others alone are under way: they take turns
+        # across tiles, too.
+        plgpu.wait_smem_to_gmem(buffers - 1, wait_read_only=True)
+        buffer = shared["out_buffers"].at[warpgroup, index % buffers]
+        buffer[...] = part
+        plgpu.commit_smem()  # the buffer has been written, and the inputs have been read
+        if has_inputs and start + columns == tile_n:
+            plgpu.barrier_arrive(shared["inputs_empty"])
+        plgpu.copy_smem_to_gmem(buffer, out.at[pl.ds(row, rows), pl.ds(column + start, columns)])
+
+
+def _finisher(epilogue, total, shared, row_slice):
+    """A function of first column and width: those columns of the sums, scaled and masked."""
+    by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    if epilogue.has_a_scales:
+        a_scales = load(shared["a_scales"].at[row_slice], by_row)
+
+    def finished(first, width):
+        piece = total[:, first : first + width]
+        if epilogue.has_a_scales:
             piece = piece * lax.broadcast_in_dim(a_scales, piece.shape, [0])
-        if inputs["b_scales"] is not None:
-            columns = pl.ds(column + chunk * CHUNK, CHUNK)
-            b_scales = load(inputs["b_scales"].at[columns], by_column)
+        if epilogue.has_b_scales:
+            b_scales = load(shared["b_scales"].at[pl.ds(first, width)], by_column)
             piece = piece * lax.broadcast_in_dim(b_scales, piece.shape, [1])
-        if inputs["mask"] is not None:
-            halves = []
-            for half in range(CHUNK // 32):
-                word = column // 32 + chunk * (CHUNK // 32) + half
-                words = load(inputs["mask"].at[word, row_slice], by_row)
-                halves.append(_masked(piece[:, 32 * half : 32 * half + 32], words))
-            piece = lax.concatenate(halves, 1)
+        if epilogue.has_mask:
+            parts = []
+            for start in range(0, width, WORD):
+                words = load(shared["mask"].at[(first + start) // WORD, row_slice], by_row)
+                parts.append(_masked(piece[:, start : start + WORD], words))
+            piece = lax.concatenate(parts, 1)
         return piece
 
-    width = CHUNK // epilogue.slots
-    for first in range(0, tile_n // CHUNK, epilogue.group):
-        chunks = range(first, first + epilogue.group)
-        pieces = [finished(chunk) for chunk in chunks]
-        # The slots of this group are free when only the copies of the other slots are under way.
-        plgpu.wait_smem_to_gmem(
-            epilogue.out_slots - epilogue.slots * epilogue.group, wait_read_only=True
-        )
-        # Chunk by chunk and, for float32, left and right half.
-        used = [
-            shared["out_slots"].at[warpgroup, (first * epilogue.slots + i) % epilogue.out_slots]
-            for i in range(epilogue.group * epilogue.slots)
-        ]
-        if epilogue.inverse_hadamard:
-            pieces = _transformed(epilogue, pieces, used, shared, warpgroup)
-        halves = [
-            piece[:, start : start + width] for piece in pieces for start in range(0, CHUNK, width)
-        ]
-        for slot, half in zip(used, halves, strict=True):
-            slot[...] = half.astype(epilogue.out_dtype)
-        plgpu.commit_smem()
-        for i, slot in enumerate(used):
-            columns = pl.ds(column + first * CHUNK + i * width, width)
-            plgpu.copy_smem_to_gmem(slot, out.at[row_slice, columns])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    return finished
 
 
 def _masked(piece, words):
     """`piece` (rows, 32) where the bit of its column is set in its row's word, else 0."""
     bit = plgpu.broadcasted_iota(jnp.uint32, piece.shape, 1, layout=plgpu.Layout.WGMMA)
     words = lax.broadcast_in_dim(words, piece.shape, [0])
-    return jnp.where((words >> bit) & 1 == 1, piece, 0.0)
+    # A thread's columns differ from its first one, 0, 2, 4 or 6, by constants: it shifts once.
+    is_kept = (words >> (bit & 6)) & (jnp.uint32(1) << (bit & 25)) != 0
+    # The barrier keeps the compiler from rounding first, which would select 16-bit halves.
+    return lax.optimization_barrier(jnp.where(is_kept, piece, 0.0))
 
 
-def _transformed(epilogue, pieces, out_slots, shared, warpgroup):
-    """`concatenate(pieces) H / sqrt(block)` on the tensor core, from bfloat16 terms.
-
-    For a bfloat16 result the terms lie where the result will.
-    """
+def _transformed(epilogue, pieces, shared, warpgroup):
+    """`concatenate(pieces) H / sqrt(block)` on the tensor core, from bfloat16 terms."""
     terms = []  # of each piece
-    for index, piece in enumerate(pieces):
-        if epilogue.terms == 1:
-            terms.append([out_slots[index]])
-            terms[-1][0][...] = piece.astype(jnp.bfloat16)
-            continue
-        high = piece.astype(jnp.bfloat16)
-        low = (piece - high.astype(jnp.float32)).astype(jnp.bfloat16)
-        terms.append([shared["terms"].at[warpgroup, 2 * index + i] for i in range(2)])
-        terms[-1][0][...] = high
-        terms[-1][1][...] = low
-    plgpu.commit_smem()
+    for piece in pieces:
+        terms.append([piece.astype(jnp.bfloat16)])
+        if epilogue.terms == 2:
+            rest = piece - terms[-1][0].astype(jnp.float32)
+            terms[-1].append(rest.astype(jnp.bfloat16))
 
-    def product(target):
-        def run(accumulator):
-            for source, refs in enumerate(terms):
-                # The one negative quarter of Sylvester's matrix.
-                sign = 1 if source and target else 0
-                for ref in refs:
-                    plgpu.wgmma(accumulator, ref, shared["hadamard"].at[sign])
-            return accumulator[...]
+    def multiply(accumulator, term, sign):
+        if "term" in shared:  # interpreted, where operands must lie in shared memory
+            shared["term"][warpgroup] = term
+            plgpu.commit_smem()
+            term = shared["term"].at[warpgroup]
+        plgpu.wgmma(accumulator, term, shared["hadamard"].at[sign])
 
-        sums = pl.run_scoped(run, plgpu.ACC(pieces[0].shape, jnp.float32))
-        return sums * (1 / math.sqrt(epilogue.inverse_hadamard))
+    parts = len(_signs(epilogue.inverse_hadamard))  # pieces that make one block
 
-    transformed = [product(target) for target in range(len(pieces))]
-    plgpu.commit_smem()  # the terms have been read by all warps
-    return transformed
+    def run(*accumulators):
+        for target, accumulator in enumerate(accumulators):
+            for source in range(parts):
+                sign = source * (target % parts)
+                for term in terms[target - target % parts + source]:
+                    multiply(accumulator, term, sign)
+        return [accumulator[...] for accumulator in accumulators]
+
+    accumulator = plgpu.ACC(pieces[0].shape, jnp.float32)
+    sums = pl.run_scoped(run, *[accumulator] * len(pieces))
+    return [s * (1 / math.sqrt(epilogue.inverse_hadamard)) for s in sums]

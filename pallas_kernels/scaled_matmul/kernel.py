@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import launch, num_sms, plgpu, swizzled
-from pallas_kernels.scaled_matmul.epilogue import epilogue_scratch, write_tile
+from pallas_kernels.scaled_matmul.epilogue import epilogue_scratch, load_inputs, write_tile
 from pallas_kernels.scaled_matmul.tuning import STEP_BYTES, Config, fitting_stages
 
 # Registers a thread of consumers and producer, by number of consumers: the pool is 65536 of a
@@ -43,7 +43,7 @@ def matmul_kernel(a, b, a_scales, b_scales, mask, hadamard, *, epilogue, config,
       a_scales: `(m,)` rounded up to whole tiles, float32, or None.
       b_scales: `(n,)` rounded up to whole tiles, float32, or None.
       mask: `(words, m)` rounded up to whole tiles, uint32, or None.
-      hadamard: `(signs, 64, 64)` bfloat16 of +1, -1 and 0, or None.
+      hadamard: `(signs, side, side)` bfloat16 of `hadamard_operand`, or None.
       epilogue: What is done with the sums, an `Epilogue`.
       config: Schedule.
       interpret: Run on the CPU.
@@ -59,11 +59,11 @@ def matmul_kernel(a, b, a_scales, b_scales, mask, hadamard, *, epilogue, config,
         "b_stages": swizzled((plan.stages, config.tile_n, plan.step), b.dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
         "empty": _empty_barrier(plan),
-        **epilogue_scratch(epilogue, config.consumers, plan.rows),
+        **epilogue_scratch(epilogue, config, interpret),
     }
 
     def body(a_ref, b_ref, *refs):
-        inputs = dict.fromkeys(optional) | dict(zip(present, refs, strict=False))
+        inputs = dict(zip(present, refs, strict=False))
         out, *rest = refs[len(present) :]
         shared = dict(zip(scratch, rest, strict=True))
         warpgroup = lax.axis_index("wg")
@@ -75,14 +75,14 @@ def matmul_kernel(a, b, a_scales, b_scales, mask, hadamard, *, epilogue, config,
                 plgpu.copy_gmem_to_smem(
                     inputs["hadamard"], shared["hadamard"], shared["hadamard_full"]
                 )
-            _produce(plan, a_ref, b_ref, shared)
+            _produce(plan, epilogue, a_ref, b_ref, inputs, shared)
 
         @pl.when(warpgroup < config.consumers)
         def _():
             plgpu.set_max_registers(_REGISTERS[config.consumers][0], action="increase")
             if epilogue.inverse_hadamard:
                 plgpu.barrier_wait(shared["hadamard_full"])
-            _consume(plan, epilogue, warpgroup, inputs, out, shared)
+            _consume(plan, epilogue, warpgroup, out, shared)
 
     cluster = {}
     if config.multicast is not None:
@@ -129,6 +129,12 @@ def _empty_barrier(plan):
     )
 
 
+def _stage(plan, step):
+    """Where the operands of a step lie; unsigned, for the remainder takes fewer instructions."""
+    stage = lax.rem(lax.convert_element_type(step, jnp.uint32), jnp.uint32(plan.stages))
+    return lax.convert_element_type(stage, jnp.int32)
+
+
 def _for_each_tile(plan):
     """Decorates `f(row, column, steps_before)`, run for every tile of this block."""
     config = plan.config
@@ -147,15 +153,16 @@ def _for_each_tile(plan):
     return decorate
 
 
-def _produce(plan, a, b, shared):
-    """Fills stage after stage, k-step by k-step of every tile."""
+def _produce(plan, epilogue, a, b, inputs, shared):
+    """Fills stage after stage, k-step by k-step of every tile, and what its epilogue reads."""
     config = plan.config
+    has_inputs = "inputs_full" in shared
 
     @_for_each_tile(plan)
     def _(row, column, steps_before):
         @pl.loop(0, plan.k_steps)
         def _(k):
-            stage = lax.rem(steps_before + k, plan.stages)
+            stage = _stage(plan, steps_before + k)
 
             @pl.when(steps_before + k >= plan.stages)
             def _():
@@ -175,13 +182,24 @@ def _produce(plan, a, b, shared):
                 collective_axes="pair" if config.multicast == "b" else None,
             )
 
+        # Behind the operands: the consumers have left the tile before, or are about to.
+        if has_inputs:
+
+            @pl.when(steps_before > 0)
+            def _():
+                plgpu.barrier_wait(shared["inputs_empty"])
+
+            load_inputs(epilogue, config, row, column, inputs, shared)
+
     # A block of a cluster must outlive the last arrival of its peer; and every phase of a barrier
     # is observed, as the interpreter demands.
     for stage in range(plan.stages):
         plgpu.barrier_wait(shared["empty"].at[stage])
+    if has_inputs:
+        plgpu.barrier_wait(shared["inputs_empty"])
 
 
-def _consume(plan, epilogue, warpgroup, inputs, out, shared):
+def _consume(plan, epilogue, warpgroup, out, shared):
     """Multiplies this warpgroup's rows of every tile and writes them."""
     config = plan.config
     rows = pl.ds(warpgroup * plan.rows, plan.rows)
@@ -192,35 +210,40 @@ def _consume(plan, epilogue, warpgroup, inputs, out, shared):
 
     @_for_each_tile(plan)
     def _(row, column, steps_before):
+        def stage(k):
+            return _stage(plan, steps_before + k)
+
+        def await_step(k):
+            plgpu.barrier_wait(shared["full"].at[stage(k)])
+
         def multiply(accumulator, k):
-            stage = lax.rem(steps_before + k, plan.stages)
-            plgpu.barrier_wait(shared["full"].at[stage])
-            plgpu.wgmma(
-                accumulator, shared["a_stages"].at[stage, rows], shared["b_stages"].at[stage].T
-            )
+            a = shared["a_stages"].at[stage(k), rows]
+            plgpu.wgmma(accumulator, a, shared["b_stages"].at[stage(k)].T)
 
         def release(k):
-            plgpu.barrier_arrive(shared["empty"].at[lax.rem(steps_before + k, plan.stages)])
+            plgpu.barrier_arrive(shared["empty"].at[stage(k)])
 
-        total = sums(plan, multiply, release)
+        total = sums(plan, await_step, multiply, release)
         write_tile(
             epilogue,
             total,
             row + warpgroup * plan.rows,
             column,
-            inputs,
             out,
-            {name: ref for name, ref in shared.items() if name not in ("full", "empty")},
+            shared,
             warpgroup,
         )
 
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-def _plain_sums(plan, multiply, release):
+
+def _plain_sums(plan, await_step, multiply, release):
     """The product over all k-steps in the tensor core."""
+    await_step(0)
 
     def run(accumulator):
         multiply(accumulator, 0)
-        _multiply_more(multiply, release, accumulator, 1, plan.k_steps)
+        _multiply_more(await_step, multiply, release, accumulator, 1, plan.k_steps)
         sums = accumulator[...]
         release(plan.k_steps - 1)
         return sums
@@ -228,30 +251,27 @@ def _plain_sums(plan, multiply, release):
     return pl.run_scoped(run, _accumulator(plan))
 
 
-def _multiply_more(multiply, release, accumulator, start, stop):
+def _multiply_more(await_step, multiply, release, accumulator, start, stop):
     """Steps `start` to `stop` of a product under way; the last one's operands are not released."""
 
     @pl.loop(start, stop)
     def _(k):
+        await_step(k)
         multiply(accumulator, k)
         plgpu.wgmma_wait(1)  # all but the product just started have read their operands
         release(k - 1)
 
 
-def _promoted_sums(plan, multiply, release, *, warpgroup):
+def _promoted_sums(plan, await_step, multiply, release, *, warpgroup):
     """Sums of blocks of at most `promote` steps, added in float32.
 
-    With `stagger` the first block of warpgroup w has about `(w + 1/2) promote / consumers` steps,
-    so that no two drain at the same step. `overlap` blocks make a chain: the sum of one is read
-    when the first product of the next is under way, for reading waits for all but the newest.
+    The first block of warpgroup w has about `(w + 1/2) promote / consumers` steps, so that no two
+    drain at the same step. `overlap` blocks make a chain: the sum of one is read when the first
+    product of the next is under way, for reading waits for all but the newest.
     """
     config, steps = plan.config, plan.k_steps
-    if config.stagger:
-        first = lax.max((2 * warpgroup + 1) * config.promote // (2 * config.consumers), 1)
-        blocks = 1 + pl.cdiv(steps - 1, config.promote)
-    else:
-        first = config.promote
-        blocks = pl.cdiv(steps, config.promote)
+    first = lax.max((2 * warpgroup + 1) * config.promote // (2 * config.consumers), 1)
+    blocks = 1 + pl.cdiv(steps - 1, config.promote)
 
     def end(block):  # leaves one step at least to each block behind
         return lax.min(first + block * config.promote, steps - (blocks - 1) + block)
@@ -259,6 +279,9 @@ def _promoted_sums(plan, multiply, release, *, warpgroup):
     def chain(block, length, total, previous=None):
         start = lax.select(block == 0, 0, end(block - 1))
         stop = end(block)
+        # Outside the scope of the accumulator: nothing is between its zeros and the product, so
+        # that the compiler multiplies without zeros to begin with.
+        await_step(start)
 
         def run(accumulator):
             multiply(accumulator, start)
@@ -266,7 +289,7 @@ def _promoted_sums(plan, multiply, release, *, warpgroup):
             if previous is not None:
                 subtotal = total + plgpu.wgmma_accumulator_load(previous, wait_n=1)
                 release(start - 1)
-            _multiply_more(multiply, release, accumulator, start + 1, stop)
+            _multiply_more(await_step, multiply, release, accumulator, start + 1, stop)
             if length > 1:
                 return chain(block + 1, length - 1, subtotal, accumulator)
             sums = accumulator[...]

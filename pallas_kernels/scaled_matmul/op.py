@@ -34,14 +34,17 @@ def scaled_matmul(
     """`out[i, j] = a_scales[i] b_scales[j] sum_k a[i, k] b[j, k]` on the tensor cores of Hopper.
 
     FP8 tensor cores keep about 14 bits of a sum; every `config.promote` k-steps of 128 it moves
-    to a float32 register. Operands whose products need fewer bits, as E2M1 codes do that are
-    folded into E4M3 (`pallas_kernels.folded`), then give the exact product. What follows the sum
-    is done in float32, in this order: times `a_scales`, times `b_scales`, zeros where the mask is
-    not set, the block Hadamard transform along n undone, one rounding to `out_dtype`.
+    to a float32 register. Operands whose products need fewer bits then give the exact product, as
+    E2M1 codes of normal data do that are folded into E4M3 (`pallas_kernels.folded`); where the
+    scales of a row's blocks differ by several binades, the lowest bits of the small ones are cut
+    off. What follows the sum is done in float32, in this order: times `a_scales`, times `b_scales`,
+    zeros where the mask is not set, the block Hadamard transform along n undone, one rounding to
+    `out_dtype`.
 
     The transform runs on the tensor core: for a bfloat16 result its input is rounded to bfloat16
     once, for a float32 result it is split into two bfloat16 terms, which leaves a relative error
-    of 2**-18 of each entry (an infinite entry makes NaNs of its block then).
+    of 2**-17 of each entry (one that rounds to infinity in bfloat16 makes NaNs of its block then).
+    It takes 32 columns at least: blocks of 16 share their NaNs and infinities two by two, as NaNs.
 
     m and n need not be multiples of a tile: copies outside an array are clipped. Operands whose
     m is no multiple of 8, n of 64 or k of 128 bytes are padded in a pass of their own.
@@ -68,7 +71,9 @@ def scaled_matmul(
     _check(a, b, a_scales, b_scales, mask, inverse_hadamard)
     out_dtype = np.dtype(out_dtype)
     _check_covered(a, b, out_dtype, inverse_hadamard)
-    epilogue = Epilogue(out_dtype, inverse_hadamard)
+    epilogue = Epilogue(
+        out_dtype, a_scales is not None, b_scales is not None, mask is not None, inverse_hadamard
+    )
     config = config or choose_config(a.shape[0], b.shape[0], a.dtype, epilogue)
     if inverse_hadamard is not None and config.tile_n % inverse_hadamard:
         raise NotImplementedError(
@@ -104,7 +109,7 @@ def _scaled_matmul(a, b, a_scales, b_scales, mask, *, epilogue, config, interpre
         mask = _pad(mask, tile_n // WORD, tile_m)
     hadamard = None
     if epilogue.inverse_hadamard:
-        hadamard = hadamard_operand(epilogue.inverse_hadamard)
+        hadamard = hadamard_operand(epilogue)
     out = matmul_kernel(
         a,
         b,

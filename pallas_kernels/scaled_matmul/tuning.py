@@ -21,15 +21,15 @@ class Config:
     """Schedule of the kernel; what is computed depends on `promote` alone, and that in rounding.
 
     Attributes:
-      tile_m: Rows of the output that a block computes at a time.
+      tile_m: Rows of the output that a block computes at a time, up to 256, which one copy of
+        scales can have.
       tile_n: Columns, a multiple of 64 up to 256.
       consumers: Warpgroups that multiply, 1 to 3; each owns `tile_m / consumers` rows, a multiple
         of 64. One more warpgroup loads.
       stages: k-steps of operands in flight; fewer where shared memory or k end first.
       promote: k-steps of 128 between two moves of the tensor core's sum, which keeps about 14
-        bits of FP8 products, into float32 registers; None: never.
-      stagger: Let the warpgroups promote at different k-steps, so that one multiplies while the
-        other drains its sum.
+        bits of FP8 products, into float32 registers; None: never. The warpgroups move theirs at
+        different k-steps, so that the others multiply while one drains its sum.
       overlap: Promoted blocks that follow one another without draining: the sum of a block is
         added while the first product of the next is under way. It takes a second accumulator.
       multicast: Blocks of a cluster that share an operand: "b" stacks two tiles along m, which
@@ -42,7 +42,6 @@ class Config:
     consumers: int = 2
     stages: int = 4
     promote: int | None = 4
-    stagger: bool = False
     overlap: int = 1
     multicast: Literal["a", "b"] | None = None
     grid_width: int = 8
@@ -53,14 +52,16 @@ class Config:
                 "scaled_matmul: tile_m must give each of 1 to 3 consumers a multiple of 64 rows,"
                 f" got tile_m={self.tile_m}, consumers={self.consumers}."
             )
+        if not 64 <= self.tile_m <= 256:
+            raise ValueError(f"scaled_matmul: tile_m must be 64 to 256, got {self.tile_m}.")
         if self.tile_n % 64 or not 64 <= self.tile_n <= 256:
             raise ValueError(
                 f"scaled_matmul: tile_n must be 64, 128, 192 or 256, got {self.tile_n}."
             )
-        if self.promote is None and (self.stagger or self.overlap > 1):
+        if self.promote is None and self.overlap > 1:
             raise ValueError(
-                "scaled_matmul: stagger and overlap say how sums are promoted, got promote=None;"
-                " pass promote=4 or leave them out."
+                "scaled_matmul: overlap says how sums are promoted, got promote=None;"
+                " pass promote=4 or leave it out."
             )
         if (self.promote is not None and self.promote < 1) or self.overlap < 1:
             raise ValueError(
@@ -74,38 +75,37 @@ class Config:
 # What a block may have on an H100, less a kilobyte for barriers and alignment.
 _SHARED_MEMORY_BYTES = 226 * 1024
 
-# Every entry compiles without spilled registers, transform and mask included. Which is fastest:
-# on an H100 with 16384 x 4096 x 4096 and both scales, in lockstep (no stagger), 192 x 128 took
-# 449 us, 128 x 128 476 to 525 us, 128 x 256 unpromoted 417 us (400 to 419 with multicast), bf16
-# 128 x 256 as long as cuBLASLt. Staggered, overlapped and 128 x 192 entries are not timed. In
-# lockstep the compiler unrolls the blocks, and a tile of more than 128 x 128 spills, as do chains
-# of more than two blocks at some shapes.
+# Every entry compiles without spilled registers, transform and mask included: a thread has 232
+# registers, 160 with three consumers, for the sums, of which promotion holds two sets and `overlap`
+# one more. Median microseconds on an H100, measured as `bench.py` does, at 16384 x 4096 x 4096 with
+# scales / with mask and Hadamard 32 besides, where XLA's FP8 product without scales took 347; then
+# at 4096 x 4096 x 16384 with all that and a float32 result. `promote=8` gained nothing.
 CONFIGS = {
-    "fp8_192x128": Config(tile_m=192, consumers=3, stagger=True),
-    "fp8_192x128_multicast": Config(tile_m=192, consumers=3, stagger=True, multicast="b"),
-    "fp8_128x192": Config(tile_n=192, stagger=True),
-    "fp8_128x192_multicast": Config(tile_n=192, stagger=True, multicast="b"),
-    "fp8_128x192_promote8": Config(tile_n=192, stagger=True, promote=8),
-    "fp8_128x128": Config(stages=6, stagger=True),
-    "fp8_128x128_lockstep": Config(stages=6),
-    "fp8_128x128_overlap2": Config(stages=6, stagger=True, overlap=2),
-    "fp8_128x256_unpromoted": Config(tile_n=256, promote=None),
+    "fp8_192x128": Config(tile_m=192, consumers=3),  # 379 / 407, 465
+    "fp8_192x128_multicast": Config(tile_m=192, consumers=3, multicast="a"),  # 376 / 400
+    "fp8_128x192": Config(tile_n=192),  # 402 / 457, 458
+    "fp8_128x128": Config(stages=6, overlap=2),  # 414 / 462, 467; small products
+    "fp8_128x256_unpromoted": Config(tile_n=256, promote=None),  # 374 / 372
     "bf16_128x256": Config(tile_n=256, promote=None),
     "bf16_128x128": Config(stages=6, promote=None),
 }
 
-# By bytes of an element: entries and their speed at many tiles, relative to each other. The ratio
-# for FP8 is measured in lockstep, that for bf16 assumed from the traffic of the smaller tile.
+# By bytes of an element: entries and their speed at many tiles, relative to each other. Of 8 bits
+# 1.08 to 1.13 follows from the times above, each over the waves of tiles that it took; of bfloat16
+# it is assumed.
 _CHOICES = {
     1: (("fp8_192x128", 1.1), ("fp8_128x128", 1.0)),
     2: (("bf16_128x256", 1.1), ("bf16_128x128", 1.0)),
 }
+# With fewer the tensor cores wait for copies.
+_FEWEST_CHOSEN_STAGES = 3
 
 
 def fitting_stages(config: Config, epilogue: Epilogue) -> int:
     """Stages that fit into shared memory beside the buffers of the epilogue."""
     stage_bytes = (config.tile_m + config.tile_n) * STEP_BYTES
-    return (_SHARED_MEMORY_BYTES - epilogue.shared_bytes(config.tile_m)) // stage_bytes
+    free = _SHARED_MEMORY_BYTES - epilogue.shared_bytes(config.tile_m, config.tile_n)
+    return free // stage_bytes
 
 
 def choose_config(m: int, n: int, dtype: DTypeLike, epilogue: Epilogue) -> Config:
@@ -118,12 +118,12 @@ def choose_config(m: int, n: int, dtype: DTypeLike, epilogue: Epilogue) -> Confi
       epilogue: What follows the sums.
 
     Raises:
-      NotImplementedError: If two stages of no entry fit into shared memory.
+      NotImplementedError: If three stages of no entry fit into shared memory.
     """
     costs = []
     for name, speed in _CHOICES[jnp.dtype(dtype).itemsize]:
         config = CONFIGS[name]
-        if fitting_stages(config, epilogue) >= 2:
+        if fitting_stages(config, epilogue) >= _FEWEST_CHOSEN_STAGES:
             tiles = math.ceil(m / config.tile_m) * math.ceil(n / config.tile_n)
             waves = math.ceil(tiles / num_sms())
             costs.append((waves * config.tile_m * config.tile_n / speed, name))

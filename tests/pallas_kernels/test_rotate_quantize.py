@@ -164,6 +164,25 @@ CASES = {
         options=(*QUARTET_FORWARD.options, ("emit_references", True)),
     ),
     "Quartet backward": QUARTET_BACKWARD,
+    "Quartet backward, float32": dataclasses.replace(
+        QUARTET_BACKWARD, shape=(64, 128), dtype=jnp.float32, config=Config(64, 64)
+    ),
+    "signs along rows, rounded again": Case(
+        Target(MXFP4, RANDOM),
+        Target(MXFP4_FITTED, RANDOM),
+        options=(("requantize", True), ("row_keys", keys(1)), ("column_keys", keys(2))),
+    ),
+    "signs along rows only": Case(
+        Target(MXFP4, Hadamard(128, randomized=True)),
+        Target(FP8_E4M3),
+        options=(("row_keys", keys(1)),),
+    ),
+    "signs along columns only": Case(
+        Target(QUEST_INT4, PLAIN),
+        Target(MXFP4, RANDOM),
+        options=(("column_keys", keys(1)),),
+        references=1.0,
+    ),
     "stochastic with clipping": Case(
         Target(CLIPPING_STOCHASTIC, PLAIN),
         None,
@@ -175,6 +194,15 @@ CASES = {
         Target(QUEST_MXFP4, WIDE), Target(MXFP4, PLAIN), options=(("requantize", True),)
     ),
     "references too small": Case(Target(MXFP4, PLAIN), Target(MXFP4_FITTED), references=0.125),
+    "references far too small": Case(
+        Target(MXFP4, PLAIN), Target(MXFP4_FITTED), references=2.0**-100
+    ),
+    "references far too small, by squares": Case(
+        Target(QUEST_MXFP4, PLAIN), Target(QUEST_MXFP4_FLOOR), references=2.0**-100
+    ),
+    "references far too large": Case(
+        Target(QUEST_MXFP4, PLAIN), Target(MXFP4_FITTED), references=2.0**60
+    ),
     "zeros and outliers": Case(Target(QUEST_MXFP4), Target(MXFP4_FITTED, PLAIN), is_spotted=True),
     "FP8": Case(Target(FP8_E4M3), Target(FP8_E4M3_TENSOR, PLAIN), is_spotted=True),
     "QuEST, given": Case(
@@ -257,13 +285,13 @@ def test_scales_from_sums_of_squares_are_within_their_rounding_error():
 @needs_mosaic
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_a_nan_stays_in_its_row_and_its_column():
-    case = Case(Target(QUEST_MXFP4, PLAIN), Target(MXFP4, PLAIN), (64, 128))
+    case = Case(Target(QUEST_MXFP4, PLAIN), Target(MXFP4, PLAIN))  # columns of two chunks
     clean = case.input()
-    x = clean.at[50, 5].set(jnp.nan).at[3, 100].set(jnp.inf)
+    x = clean.at[50, 5].set(jnp.nan).at[70, 100].set(jnp.inf)
     run = functools.partial(rotate_quantize, rows=case.rows, columns=case.columns, interpret=True)
     actual = run_interpreted(run, x)
     expected = reference(clean, case.rows, case.columns)
-    for name, spoilt in (("rows", [3, 50]), ("columns", [5, 100])):
+    for name, spoilt in (("rows", [50, 70]), ("columns", [5, 100])):
         a, e = getattr(actual, name), getattr(expected, name)
         is_spoilt = np.isin(np.arange(len(a.scales)), spoilt)
         np.testing.assert_array_equal(np.isnan(a.scales), is_spoilt)
@@ -272,6 +300,18 @@ def test_a_nan_stays_in_its_row_and_its_column():
 
 
 LAUNCHES = {name: (fn, shapes) for name, fn, shapes in lowering_cases()}
+
+
+@needs_mosaic
+def test_exact_references_take_one_pass_more():
+    for name, passes in (
+        ("both, exact", 2),
+        ("Quartet forward, exact", 2),
+        ("Quartet forward", 1),
+    ):
+        fn, shapes = LAUNCHES[name]
+        module = lower_for_hopper(fn, *shapes)
+        assert module.count("stablehlo.custom_call @mosaic_gpu") == passes, name
 
 
 @needs_mosaic

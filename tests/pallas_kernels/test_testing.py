@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.testing import assert_bitwise_equal, time_device
+from pallas_kernels.testing import assert_bitwise_equal
 
 
 def test_equal_trees_pass_nans_included():
@@ -28,10 +28,3 @@ def test_signed_zeros_differ():
 def test_another_dtype_or_shape_is_an_error(other):
     with pytest.raises(AssertionError, match="is not"):
         assert_bitwise_equal(np.zeros(2, np.float32), other)
-
-
-def test_timing_orders_its_statistics_and_runs_the_function():
-    calls = []
-    timing = time_device(lambda: calls.append(0), repeats=4, calls=3, warmups=2)
-    assert len(calls) == 2 + 4 * 3
-    assert 0 < timing.min_s <= timing.median_s <= timing.max_s
