@@ -61,6 +61,7 @@ def get_config(
     weight_decay: float = 0.1,
     cage_total_strength: float = 0.0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    implementation: str | None = None,
     remat: bool = False,
     scan_unroll: int = 1,
     eval_interval: int = 1000,
@@ -108,6 +109,8 @@ def get_config(
         the weights towards their grid in the last fifth of the run; 0 is plain AdamW, published
         runs have 1.6 to 2.7.
       dtype: Of activations and operands.
+      implementation: How quantized products are computed: dequantize, fp8 or hopper, the kernels
+        for H100 and H200; refused where a product is not covered. None chooses for each product.
       remat: Recompute each block in the backward pass instead of keeping its activations.
       scan_unroll: Layers in one iteration of the loop over them; more compile longer, run faster.
       eval_interval: Steps between two validations.
@@ -144,6 +147,7 @@ def get_config(
         vocab_size=-(-vocab_size // 128) * 128,  # whole tiles for the head's products
         dtype=dtype,
         recipe_rules=setup.recipe_rules,
+        implementation=implementation,
         remat=remat,
         scan_unroll=scan_unroll,
     )

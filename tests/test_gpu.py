@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
+from lowbit_jax.models import llama_config
 from lowbit_jax.models.llama import Llama, LlamaConfig, llama_rules
 from lowbit_jax.numerics import dequantize, quantize
 from lowbit_jax.numerics.presets import PRESETS
@@ -15,6 +17,8 @@ from lowbit_jax.ops.attention import attention
 from lowbit_jax.ops.quantized_dot import quantized_dot
 from lowbit_jax.ops.report import explain
 from lowbit_jax.rotations import Hadamard
+from lowbit_jax.train import StepPlan, create_state, make_train_step
+from pallas_kernels.compat import hopper_obstacle
 from pallas_kernels.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.gpu
@@ -139,3 +143,45 @@ def test_every_family_of_recipes_trains_as_on_the_cpu(name):
     np.testing.assert_allclose(gpu[0], cpu[0], rtol=0, atol=50 * 0.3 * 0.03 / 512)
     norms = [np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(g))) for g in (gpu[1], cpu[1])]
     np.testing.assert_allclose(norms[0], norms[1], rtol=0.01)  # Bound: as above, for one in 512.
+
+
+def test_fifty_steps_through_the_kernels_lose_what_the_reference_loses():
+    if obstacle := hopper_obstacle(dispatch.cuda_capability()):
+        pytest.skip(obstacle)
+    rng = np.random.default_rng(0)
+    # Text that can be learned: each token has one successor, which follows nine times in ten.
+    tokens = rng.integers(0, 512, (50, 16, 513), dtype=np.int32)
+    successor = rng.permutation(512)
+    for t in range(512):
+        is_next = rng.random((50, 16)) < 0.9
+        tokens[:, :, t + 1] = np.where(is_next, successor[tokens[:, :, t]], tokens[:, :, t + 1])
+
+    def losses(implementation, noise=0.0):
+        """Of 50 steps; the first weights times `1 + noise`, of either sign."""
+        rules = llama_rules(recipes.RECIPES["quartet_rtn"])
+        config = llama_config(
+            "30m", vocab_size=512, recipe_rules=rules, implementation=implementation
+        )
+        model = Llama(config)
+        params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), tokens[0, :1, :-1]))["params"]
+        params = jax.tree.map(
+            lambda w: w * (1 + noise * jax.random.rademacher(jax.random.key(1), w.shape, w.dtype)),
+            params,
+        )
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+        step = make_train_step(model, tx, StepPlan(needs_key=True))
+        state, found = create_state(params, tx), []
+        for batch in tokens:
+            state, metrics = step(state, (batch[:, :-1], batch[:, 1:]))
+            found.append(metrics.loss)
+        return np.asarray(jax.device_get(found), np.float64)
+
+    reference = losses("dequantize")
+    # What a last bit of the weights comes to, by codes that turn and by chance.
+    chance = np.abs(losses("dequantize", noise=2**-22) - reference)
+    difference = np.abs(losses("hopper") - reference)
+    assert reference[-1] < reference[0] - 1
+    print(f"difference {difference.max():.2e}, of a last bit {chance.max():.2e}", *difference[::7])
+    # Statistical: sums in another order, rounded to bfloat16, turn codes as a last bit of the
+    # weights does, and what becomes of them is chance; four times as much is allowed.
+    assert np.all(difference <= 4 * np.maximum.accumulate(chance) + 2**-8 * 2**-6)

@@ -19,9 +19,15 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Shaped
 
 from lowbit_jax.models.layers import RMSNorm, logical_init, rotary_angles, rotate_positions, swiglu
-from lowbit_jax.models.linear import QuantizedLinear, RecipeRules, resolve_recipes
+from lowbit_jax.models.linear import (
+    QuantizedLinear,
+    RecipeRules,
+    multiply_all,
+    resolve_recipes,
+)
 from lowbit_jax.ops.attention import attention
 from lowbit_jax.ops.cross_entropy import linear_cross_entropy
+from lowbit_jax.ops.dispatch import check_implementation
 from lowbit_jax.ops.dot_recipe import DotRecipe
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -54,6 +60,8 @@ class LlamaConfig:
       dtype: `"bfloat16"` or `"float32"`: of activations and of the operands of products. On a GPU
         float32 products of the blocks are TF32 unless `jax.default_matmul_precision` says else.
       recipe_rules: See `resolve_recipes`; a matrix that no rule matches is not quantized.
+      implementation: Of the products of quantized matrices, see `ops.quantized_dot`. `None`: chosen
+        for each by format, shape and device.
       attention: `"cudnn"`, `"xla"` or `None`, see `ops.attention.attention`.
       scan_unroll: Layers in one iteration of the scan. `n_layers` leaves no loop: slower to
         compile, faster to run, since nothing is copied into and out of stacked buffers.
@@ -75,6 +83,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
     recipe_rules: RecipeRules = ()
+    implementation: str | None = None
     attention: str | None = None
     scan_unroll: int = 1
     remat: bool = False
@@ -107,6 +116,7 @@ class LlamaConfig:
                 f"LlamaConfig: dtype must be 'bfloat16' or 'float32', got {self.dtype!r};"
                 " parameters are float32 either way."
             )
+        check_implementation(self.implementation)
         if self.attention not in ("cudnn", "xla", None):
             raise ValueError(
                 f"LlamaConfig: attention must be 'cudnn', 'xla' or None, got {self.attention!r};"
@@ -141,7 +151,9 @@ class LlamaConfig:
         # depth: each of the 2 * n_layers additions contributes 1 / (2 * n_layers).
         is_residual = path.endswith(("o_proj", "down_proj"))
         stddev = 0.02 / (2 * self.n_layers) ** 0.5 if is_residual else 0.02
-        return QuantizedLinear(features, recipe, axes, stddev, name=path.rsplit("/", 1)[1])
+        name = path.rsplit("/", 1)[1]
+        implementation = None if recipe.is_identity else self.implementation
+        return QuantizedLinear(features, recipe, axes, stddev, implementation, name=name)
 
 
 class Attention(nn.Module):
@@ -151,23 +163,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rotary, keys):
-        """`(b, t, d)` to `(b, t, d)`; `keys` maps a projection's name to its key or `None`."""
+        """`(b, t, d)` to `(b, t, d)`; `keys`, of the first three projections and of the last."""
         config = self.config
         b, t, d = x.shape
-        # Flattened once, so that the products share one operand: what backward keeps of it is
-        # then one array and not three.
         rows = x.reshape(b * t, d)
         counts = {"q_proj": config.n_heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
-        heads = {}
+        layers = []
         for name, count in counts.items():
             axes = ("heads" if name == "q_proj" else "kv_heads", "embed")
-            layer = config.linear(f"layers/attention/{name}", count * config.head_dim, axes)
-            heads[name] = layer(rows, key=keys[name]).reshape(b, t, count, config.head_dim)
-        q = rotate_positions(heads["q_proj"], *rotary)
-        k = rotate_positions(heads["k_proj"], *rotary)
-        y = attention(q, k, heads["v_proj"], implementation=config.attention)
+            layers.append(config.linear(f"layers/attention/{name}", count * config.head_dim, axes))
+        q, k, v = (
+            y.reshape(b, t, -1, config.head_dim) for y in multiply_all(rows, layers, key=keys[0])
+        )
+        q, k = rotate_positions(q, *rotary), rotate_positions(k, *rotary)
+        y = attention(q, k, v, implementation=config.attention)
         layer = config.linear("layers/attention/o_proj", d, ("embed", "heads"))
-        return layer(y.reshape(b * t, d), key=keys["o_proj"]).reshape(x.shape)
+        return layer(y.reshape(b * t, d), key=keys[1]).reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -177,14 +188,15 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, keys):
-        """`(b, t, d)` to `(b, t, d)`; `keys` as in `Attention`."""
+        """`(b, t, d)` to `(b, t, d)`; `keys` of the first two projections and of the last."""
         config = self.config
-        gate = config.linear("layers/mlp/gate_proj", config.mlp_width, ("mlp", "embed"))
-        up = config.linear("layers/mlp/up_proj", config.mlp_width, ("mlp", "embed"))
+        layers = [
+            config.linear(f"layers/mlp/{name}", config.mlp_width, ("mlp", "embed"))
+            for name in ("gate_proj", "up_proj")
+        ]
         down = config.linear("layers/mlp/down_proj", config.d_model, ("embed", "mlp"))
-        rows = x.reshape(-1, x.shape[-1])
-        y = swiglu(gate(rows, key=keys["gate_proj"]), up(rows, key=keys["up_proj"]))
-        return down(y, key=keys["down_proj"]).reshape(x.shape)
+        gate, up = multiply_all(x.reshape(-1, x.shape[-1]), layers, key=keys[0])
+        return down(swiglu(gate, up), key=keys[1]).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -195,14 +207,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, key, rotary):
         """Carry `(b, t, d)` to carry, and no output; `key` is this layer's or `None`."""
-        names = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
-        split = (None,) * len(names) if key is None else jax.random.split(key, len(names))
-        keys = dict(zip(names, split, strict=True))
+        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         eps = self.config.norm_eps
         normalized = RMSNorm(eps, name="attention_norm")(x)
-        x = x + Attention(self.config, name="attention")(normalized, rotary, keys)
+        x = x + Attention(self.config, name="attention")(normalized, rotary, keys[:2])
         normalized = RMSNorm(eps, name="mlp_norm")(x)
-        return x + MLP(self.config, name="mlp")(normalized, keys), None
+        return x + MLP(self.config, name="mlp")(normalized, keys[2:]), None
 
 
 class Table(nn.Module):

@@ -1,7 +1,7 @@
 """Differentiable operations, the recipes that configure them, and what ran."""
 
 from lowbit_jax.ops.dot_recipe import DotRecipe
-from lowbit_jax.ops.quantized_dot import quantized_dot
+from lowbit_jax.ops.quantized_dot import quantized_dot, quantized_dots
 from lowbit_jax.ops.quantized_weight import QuantizedWeight, gradient_to_master, quantize_weight
 from lowbit_jax.ops.recipes import RECIPES, get_recipe, weight_projection
 from lowbit_jax.ops.report import Explanation, ProductRow, explain
@@ -17,5 +17,6 @@ __all__ = [
     "gradient_to_master",
     "quantize_weight",
     "quantized_dot",
+    "quantized_dots",
     "weight_projection",
 ]

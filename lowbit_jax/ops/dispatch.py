@@ -1,10 +1,13 @@
 """Which implementation computes a product, and why.
 
 An implementation is a row of `_PATHS`. All compute the same function of the same operands, up to
-the order in which float32 sums are taken, and to what `scaled_matmul` says of its epilogue.
+the order in which float32 sums are taken, to the accumulators of float8 tensor cores, see
+`quantized_dot`, and to what `scaled_matmul` says of its epilogue.
 """
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,12 +21,20 @@ from lowbit_jax.numerics import E4M3, E5M2, QuantSpec
 from lowbit_jax.ops.dot_recipe import Product
 from lowbit_jax.rotations import Hadamard, Rotation
 from pallas_kernels import compat, rotate_quantize
-from pallas_kernels.folded import foldable
+from pallas_kernels.folded import WORD, foldable
 from pallas_kernels.rotate_quantize import Target
 from pallas_kernels.scaled_matmul import scaled_matmul
 
 SCOPE = "lowbit"  # first word of the name of the scope round each product; `explain` looks for it
 _SEPARATOR = "|"
+
+_TILE = 64  # what kernels pad to, at the least
+_MOST_PADDING = 0.1
+# Entries of a product, for an H100: at 256 x 512 XLA splits the sums, from 2048 x 1024 on not, with
+# sums over 1024 to 65536.
+_FEWEST_UNSPLIT = 2**21
+# Names of `jax_default_matmul_precision` for the least precise products.
+_FAST_PRECISIONS = (None, "default", "fastest", "bfloat16")
 
 
 class Operand(NamedTuple):
@@ -66,6 +77,7 @@ def choose(
     rotation: Rotation | None = None,
     is_kept: bool = False,
     dtypes: Sequence[DTypeLike] = (jnp.bfloat16,),
+    shape: tuple[int, int, int] | None = None,
 ) -> Plan:
     """Chooses the path of the product `a b^T`.
 
@@ -79,6 +91,7 @@ def choose(
       rotation: Of both operands; None for none.
       is_kept: Whether the second operand is what the forward product used, as it is.
       dtypes: Of what is not quantized, and of the result.
+      shape: Tokens, n and k, the last of which masks run along; None: large and even.
 
     Raises:
       ValueError: If no path has that name.
@@ -101,11 +114,46 @@ def choose(
     obstacles = []
     for name, path in _PATHS.items():
         obstacle = path.formats_obstacle(a, b, rotation, is_kept, dtypes)
-        obstacle = obstacle or path.device_limit(capability) or path.device_doubt(capability)
+        obstacle = obstacle or path.device_limit(capability) or path.doubt(capability, shape)
         if not obstacle:
-            return Plan(name, "; ".join(obstacles) or "formats and device allow it")
+            reason = "; ".join(obstacles) or "formats and device allow it"
+            if name == "fp8":
+                of_operands = [
+                    quantizer_obstacle(spec, rotation, capability, dtypes[0], shape)
+                    for spec in (a, b)
+                    if spec is not None
+                ]
+                why_xla = next(filter(None, of_operands), None)
+                by = "rotate_quantize" if why_xla is None else f"XLA: {why_xla}"
+                reason = f"{reason}; operands by {by}"
+            return Plan(name, reason)
         obstacles.append(f"not {name}: {obstacle}")
     raise AssertionError("the last path covers everything")
+
+
+def quantizer_obstacle(
+    spec: QuantSpec,
+    rotation: Rotation | None,
+    capability: tuple[int, int] | None,
+    dtype: DTypeLike,
+    shape: tuple[int, int, int] | None,
+) -> str | None:
+    """Why `rotate_quantize` is not to make operands for the path "fp8", or None if it is.
+
+    What XLA makes in its place has the same bits, but takes a pass for each layout.
+
+    Args:
+      spec: Format of the operand.
+      rotation: Of the product.
+      capability: Of the CUDA device; None if there is none.
+      dtype: Of `x`.
+      shape: Tokens, n and k; None: large and even.
+    """
+    return (
+        _operand_obstacle(spec, rotation, (dtype,))
+        or compat.hopper_obstacle(capability)
+        or _kernel_doubt(capability, shape)
+    )
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -172,18 +220,25 @@ def _hopper_formats(
         return "both operands must be quantized"
     if is_kept:
         return "scales of the forward product run along the sum of this one"
+    for spec in (a, b):
+        if spec.block_size == "tensor":
+            return f"{spec} has one scale a tensor"
+        obstacle = foldable(spec) or _operand_obstacle(spec, rotation, dtypes)
+        if obstacle:
+            return obstacle
+    return None
+
+
+def _operand_obstacle(
+    spec: QuantSpec, rotation: Rotation | None, dtypes: Sequence[DTypeLike]
+) -> str | None:
+    """Why `rotate_quantize` does not make an operand of this format, whatever the device."""
     if not (rotation is None or isinstance(rotation, Hadamard)):
         return f"rotations are Hadamard transforms, got {rotation}"
     for dtype in dtypes:
         if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
             return f"arrays must be bfloat16 or float32, got {jnp.dtype(dtype)}"
-    for spec in (a, b):
-        if spec.block_size == "tensor":
-            return f"{spec} has one scale a tensor"
-        obstacle = foldable(spec) or rotate_quantize.obstacle(Target(spec, rotation))
-        if obstacle:
-            return obstacle
-    return None
+    return rotate_quantize.obstacle(Target(spec, rotation))
 
 
 def _float8_formats(a: QuantSpec | None, b: QuantSpec | None, *_) -> str | None:
@@ -194,9 +249,51 @@ def _float8_formats(a: QuantSpec | None, b: QuantSpec | None, *_) -> str | None:
     return None
 
 
-def _not_timed(capability: tuple[int, int] | None) -> str | None:
+def _kernel_doubt(
+    capability: tuple[int, int] | None, shape: tuple[int, int, int] | None
+) -> str | None:
+    """Where kernels could run, but are not the first choice.
+
+    On an H100, 16384 tokens and n = k = 4096, Quartet's layer took 2.2 ms through them, forward and
+    backward, 5.2 ms by "dequantize" and a bfloat16 layer 2.4 ms.
+    """
     del capability
-    return None if compat.is_interpreting() else "to be asked for by name"
+    if compat.is_interpreting():
+        return None
+    if _may_be_partitioned():
+        return (
+            f"jit may partition products over {jax.device_count()} devices, but no kernels; use"
+            " jax.shard_map"
+        )
+    if shape is None:
+        return None
+    if 0 in shape:
+        return f"nothing to compute for (tokens, n, k) = {shape}"
+    growth = math.prod(1 + padding(size) for size in shape) - 1
+    if growth > _MOST_PADDING:
+        return f"(tokens, n, k) = {shape} grows by {growth:.0%} in tiles of {_TILE}"
+    if shape[2] % WORD:
+        return f"masks are packed in words of {WORD} columns, got k={shape[2]}"
+    return None
+
+
+def padding(size: int) -> float:
+    """By which part of it an axis grows where kernels pad it; 0 for an empty one."""
+    return -(-size // _TILE) * _TILE / size - 1 if size else 0.0
+
+
+def _may_be_partitioned() -> bool:
+    """Whether there are devices over which jit could partition what is traced here."""
+    if jax.device_count() == 1:
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    is_manual = [kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types]
+    return not (is_manual and all(is_manual))
+
+
+def _float8_doubt(capability: tuple[int, int] | None, shape) -> str | None:
+    del shape
+    return _no_float8_unit(capability)
 
 
 def _no_float8_unit(capability: tuple[int, int] | None) -> str | None:
@@ -224,8 +321,44 @@ def _run_hopper(a: Operand, b: Operand, compute_dtype, out_dtype, **epilogue):
 
 def _run_float8(a: Operand, b: Operand, compute_dtype, out_dtype):
     """XLA's float8 product: cuBLASLt on GPUs that have it. Both operands are contraction-last."""
+    has_unit = _no_float8_unit(cuda_capability()) is None
+    # XLA makes a sum of products of one row, for which it knows no algorithm.
+    is_matrix = min(len(a.values), len(b.values)) > 1
+    is_covered = is_matrix and out_dtype in (jnp.bfloat16, jnp.float32)
+    if has_unit and is_covered and not _may_be_partitioned():
+        assert a.scale is not None  # as float8 codes have
+        assert b.scale is not None
+        presets = jax.lax.DotAlgorithmPreset
+        is_fast = jax.config.jax_default_matmul_precision in _FAST_PRECISIONS
+        algorithm = presets.ANY_F8_ANY_F8_F32_FAST_ACCUM if is_fast else presets.ANY_F8_ANY_F8_F32
+        return _cublas_product(a.values, b.values, a.scale * b.scale, algorithm, out_dtype)
     # Operands are multiplied as the codes they are.
     return _multiply(a, b, a.values, b.values, compute_dtype, out_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+def _cublas_product(a, b, scale, algorithm, out_dtype):
+    """`(a b^T) scale` in one call of cuBLASLt, which scales its float32 sums and rounds them once.
+
+    It is written so that XLA recognizes it. The algorithm keeps the product from XLA's own
+    generator of kernels, which would leave scale and rounding to a pass over a float32 result. The
+    multiplication looks as if it rounded twice, and the scale before; but one by a scalar, in the
+    dtype of the product, becomes part of the call, and the float32 scalar is what the call gets,
+    unless the XLA option `xla_allow_excess_precision` is off. So it is compiled as one, even where
+    nothing else is, and `vmap` makes a loop of it: a scale for each product is no scalar. The sums
+    of a small result XLA splits, and multiplies what it adds up: in float32 then, which is little.
+    """
+    is_split = len(a) * len(b) < _FEWEST_UNSPLIT
+    sum_dtype = jnp.dtype(jnp.float32) if is_split else out_dtype
+
+    @jax.custom_batching.sequential_vmap
+    def product(a, b, scale):
+        y = jax.lax.dot_general(
+            a, b, (((1,), (1,)), ((), ())), precision=algorithm, preferred_element_type=sum_dtype
+        )
+        return (y * scale.astype(sum_dtype)).astype(out_dtype)
+
+    return product(a, b, scale)
 
 
 def _multiply(a: Operand, b: Operand, a_values, b_values, compute_dtype, out_dtype):
@@ -255,7 +388,7 @@ class _Path:
 
     formats_obstacle: Callable[..., str | None]  # of what `choose` is told
     device_limit: Callable[[tuple[int, int] | None], str | None]  # where it cannot run
-    device_doubt: Callable[[tuple[int, int] | None], str | None]  # where it is not the first choice
+    doubt: Callable[..., str | None]  # of device and shape: where it is not the first choice
     run: Callable[..., Array]
 
 
@@ -265,7 +398,7 @@ def _nothing(*_) -> None:
 
 # By preference.
 _PATHS: dict[str, _Path] = {
-    "fp8": _Path(_float8_formats, _nothing, _no_float8_unit, _run_float8),
-    "hopper": _Path(_hopper_formats, compat.hopper_obstacle, _not_timed, _run_hopper),
+    "fp8": _Path(_float8_formats, _nothing, _float8_doubt, _run_float8),
+    "hopper": _Path(_hopper_formats, compat.hopper_obstacle, _kernel_doubt, _run_hopper),
     "dequantize": _Path(_nothing, _nothing, _nothing, _run_dequantize),
 }

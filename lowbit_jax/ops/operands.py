@@ -1,11 +1,15 @@
 """Operands of the three products: rotated, quantized, and kept for the backward pass.
 
-Either in `jax.numpy`, one function a step, or by the kernel that does all of them in one pass:
-the path of the product that the operand is for says which. Both give the same values, but for the
-rotation back of float32 gradients, see `scaled_matmul`.
+Either in `jax.numpy`, one function a step, or by the kernel that does all of them in one pass, for
+both products that take an array: the path of the product that the operand is for says which, and
+for float8 codes the device. Both give the same values, but for the rotation back of float32
+gradients, see `scaled_matmul`.
 """
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,13 +20,14 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 from lowbit_jax.numerics import QTensor, QuantSpec
 from lowbit_jax.numerics.estimators import factored_and_mask, mask_bound
 from lowbit_jax.numerics.quantize import Factored, factor, quantize_factored
+from lowbit_jax.numerics.scales import block_scales
 from lowbit_jax.ops import dispatch
 from lowbit_jax.ops.dispatch import Operand, Plan
 from lowbit_jax.ops.dot_recipe import DotRecipe, Product
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
 from lowbit_jax.rotations import Hadamard
 from pallas_kernels.compat import is_interpreting
-from pallas_kernels.folded import WORD, fold, unpack_mask
+from pallas_kernels.folded import WORD, Folded, fold, unpack_mask
 from pallas_kernels.rotate_quantize import Keys, Target, requantize_obstacle, rotate_quantize
 from pallas_kernels.scaled_matmul.epilogue import HADAMARD_BLOCKS
 
@@ -33,23 +38,23 @@ _BACKWARD: dict[OperandName, Product] = {"x": "dw", "w": "dx"}
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The static part of a call.
+    """The static part of a call: one x, one recipe, and one weight or several.
 
     Attributes:
       recipe: What to quantize to.
       implementation: A path for all products; None: chosen for each.
       x_dtype: Of `x`, in which products are computed.
-      w_dtype: Of the weights, or the masters of quantized ones.
       out_dtype: Of `y`.
-      is_quantized: Whether the weights came quantized.
+      shape: Tokens, n and k, which choose the path.
+      weights: Of each: dtype, that of its master if it came quantized, and whether it did.
     """
 
     recipe: DotRecipe
     implementation: str | None
     x_dtype: np.dtype
-    w_dtype: np.dtype
     out_dtype: np.dtype
-    is_quantized: bool
+    shape: tuple[int, int, int]
+    weights: tuple[tuple[np.dtype, bool], ...]
 
     def plan(self, product: Product) -> Plan:
         """The path of a product."""
@@ -63,10 +68,24 @@ class Call:
             rotation=recipe.rotation_of(product),
             is_kept=again is None,
             dtypes=(self.x_dtype, self.out_dtype) if product == "y" else (self.x_dtype,),
+            shape=self.shape,
         )
 
+    def target(self, product: Product, spec: QuantSpec | None) -> Target | None:
+        """What the kernel is to make for a product; None if the operand is made without it."""
+        path = self.plan(product).path
+        if spec is None or path == "dequantize":
+            return None
+        rotation = self.recipe.rotation_of(product)
+        if path == "fp8" and dispatch.quantizer_obstacle(
+            spec, rotation, dispatch.cuda_capability(), self.x_dtype, self.shape
+        ):
+            return None
+        assert rotation is None or isinstance(rotation, Hadamard)  # as both demand
+        return Target(spec, rotation)
+
     def uses_kernel(self, product: Product) -> bool:
-        """Whether the operands of a product are made by the kernel."""
+        """Whether our kernel computes a product."""
         return self.plan(product).path == "hopper"
 
 
@@ -78,12 +97,28 @@ class ProductKeys(NamedTuple):
     second: PRNGKeyArray | UInt32[Array, "2"] | None
 
 
-def split_keys(key) -> dict[Product, ProductKeys]:
-    """Independent keys for the rotation of each product and for its two operands."""
+def split_keys(key, index: int = 0) -> dict[Product, ProductKeys]:
+    """Independent keys for the rotation of each product and for its two operands.
+
+    Those of several weights differ by `index`, but for what concerns the one x.
+    """
     if key is None:
         return dict.fromkeys(("y", "dx", "dw"), ProductKeys(None, None, None))
     y, dx, dw = (ProductKeys(*jax.random.split(k, 3)) for k in jax.random.split(key, 3))
+    if index:
+
+        def own(key):
+            return jax.random.fold_in(key, index)
+
+        y = y._replace(second=own(y.second))
+        dx = ProductKeys(own(dx.rotation), own(dx.first), own(dx.second))
+        dw = dw._replace(first=own(dw.first))
     return {"y": y, "dx": dx, "dw": dw}
+
+
+def scope(name: str):
+    """A `jax.named_scope`, or none without a name."""
+    return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
 class Finished(NamedTuple):
@@ -117,7 +152,7 @@ def forward_operand(
     if spec is None:
         q = _unquantized(z, call, rotation_key)
         return _rows(q), Residual(q, None)
-    target = _target("y", spec, call)
+    target = call.target("y", spec)
     if target is not None:
         return _by_kernel(z, name, target, keys, call, keeps=keeps)
     rotation = recipe.rotation_of("y")
@@ -148,22 +183,18 @@ def gradient_operands(
     g: Float[Array, "tokens n"], keys: dict[Product, ProductKeys], call: Call
 ) -> tuple[Operand, Operand]:
     """`g` as the first operand of `dx` and, transposed, of `dw`."""
-    rows, columns = _target("dx", call.recipe.dx_g, call), _target("dw", call.recipe.dw_g, call)
+    recipe = call.recipe
+    rows, columns = call.target("dx", recipe.dx_g), call.target("dw", recipe.dw_g)
     of_dx = of_dw = None
     if rows is not None or columns is not None:
-        of_dx, of_dw, *_ = rotate_quantize(
-            g,
-            rows,
-            columns,
-            row_keys=_keys_of(keys["dx"], first=True),
-            column_keys=_keys_of(keys["dw"], first=True),
-            interpret=is_interpreting(),
-        )
+        row_keys, column_keys = (_keys_of(keys[p], first=True) for p in ("dx", "dw"))
+        made = _quantize_by_kernel(g, rows, columns, row_keys=row_keys, column_keys=column_keys)
+        of_dx, of_dw = made.rows, made.columns
     if of_dx is None:
-        of_dx = _rotate_and_quantize(g, "dx", call.recipe.dx_g, keys["dx"].first, keys, call)
+        of_dx = _rotate_and_quantize(g, "dx", recipe.dx_g, keys["dx"].first, keys, call)
     if of_dw is None:
-        of_dw = _rotate_and_quantize(g.T, "dw", call.recipe.dw_g, keys["dw"].first, keys, call)
-    return Operand(*of_dx), Operand(*of_dw)
+        of_dw = _rotate_and_quantize(g.T, "dw", recipe.dw_g, keys["dw"].first, keys, call)
+    return of_dx, of_dw
 
 
 def backward_operand(
@@ -181,39 +212,47 @@ def backward_operand(
     if spec is None and recipe.rotation_of(product) is None:
         return _transposed(saved, call)
     dense = _dense(saved)
-    target = _target(product, spec, call)
+    target = call.target(product, spec)
     if target is None:
         return _rotate_and_quantize(dense.T, product, spec, keys[product].second, keys, call)
-    columns = rotate_quantize(
-        dense,
-        None,
-        target,
-        column_keys=_keys_of(keys[product], first=False),
-        interpret=is_interpreting(),
-    ).columns
+    column_keys = _keys_of(keys[product], first=False)
+    columns = _quantize_by_kernel(dense, None, target, column_keys=column_keys).columns
     assert columns is not None
-    return Operand(*columns)
+    return columns
 
 
 def masked_gradient(
     product: Product,
-    a: Operand,
-    b: Operand,
+    pairs: Mapping[str, tuple[Operand, Operand]],
     mask: Any,
     keys: dict[Product, ProductKeys],
     call: Call,
     out_dtype,
 ) -> Float[Array, "p q"]:
-    """`(a b^T * mask) R^T` with R the rotation of the forward product."""
+    """`(sum of a b^T over the pairs * mask) R^T` with R the rotation of the forward product.
+
+    The products run in scopes of the pairs' names.
+    """
     rotation = call.recipe.rotation_of("y")
     is_packed = mask is not None and mask.dtype == jnp.uint32
+
+    def total(**epilogue):
+        terms = []
+        for name, (a, b) in pairs.items():
+            with scope(name):
+                terms.append(run_product(product, a, b, call, out_dtype, **epilogue))
+        if len(terms) == 1:
+            return terms[0]
+        sum_dtype = jnp.promote_types(out_dtype, jnp.float32)
+        return functools.reduce(jnp.add, [t.astype(sum_dtype) for t in terms]).astype(out_dtype)
+
     if call.uses_kernel(product) and (mask is None or is_packed):
         if rotation is None:
-            return run_product(product, a, b, call, out_dtype, mask=mask)
+            return total(mask=mask)
         size = rotation.block_size if isinstance(rotation, Hadamard) else None
         if size in HADAMARD_BLOCKS and not rotation.needs_key:
-            return run_product(product, a, b, call, out_dtype, mask=mask, inverse_hadamard=size)
-    z = run_product(product, a, b, call, out_dtype)
+            return total(mask=mask, inverse_hadamard=size)
+    z = total()
     if mask is not None:
         z = jnp.where(unpack_mask(mask) if is_packed else mask, z, 0)
     return z if rotation is None else rotation.inverse(z, key=keys["y"].rotation)
@@ -246,23 +285,27 @@ def _by_kernel(
         )
     if z.dtype not in (jnp.bfloat16, jnp.float32):
         z = z.astype(jnp.float32)
-    again = None
-    if keeps and recipe.requantize and requantize_obstacle(target) is None:
-        again = _target(product, recipe.dw_x if name == "x" else recipe.dx_w, call)
-    made = rotate_quantize(
+    again = recipe.dw_x if name == "x" else recipe.dx_w
+    columns = None
+    if keeps and again is None:
+        # A product over the rows takes the same codes, if all of them share one scale.
+        if target.rotation is None and recipe.formats_of(product)[1] == target.spec:
+            columns = call.target(product, target.spec)
+    elif keeps and recipe.requantize and requantize_obstacle(target) is None:
+        columns = call.target(product, again)
+    made = _quantize_by_kernel(
         z.reshape(-1, z.shape[-1]),
         target,
-        again,
-        requantize=again is not None,
+        columns,
+        requantize=columns is not None and again is not None,
         mask_bound=bound,
         row_keys=_keys_of(keys["y"], first=name == "x"),
         column_keys=_keys_of(keys[product], first=False),
-        interpret=is_interpreting(),
     )
-    assert made.rows is not None
-    q = Operand(*made.rows)
+    q = made.rows
+    assert q is not None
     if made.columns is not None:
-        saved = Finished(Operand(*made.columns))
+        saved = Finished(made.columns)
     elif _keeps_original(name, recipe):
         saved = _unquantized(z, call, keys["y"].rotation)
     else:
@@ -270,13 +313,34 @@ def _by_kernel(
     return q, Residual(saved, made.mask)
 
 
-def _target(product: Product, spec: QuantSpec | None, call: Call) -> Target | None:
-    """What the kernel is to make for a product; None if the operand is made without it."""
-    if spec is None or not call.uses_kernel(product):
+class _Made(NamedTuple):
+    """What the kernel made: operands of two products, and a packed mask."""
+
+    rows: Operand | None
+    columns: Operand | None
+    mask: UInt32[Array, "words m"] | None
+
+
+def _quantize_by_kernel(x: Array, rows: Target | None, columns: Target | None, **options) -> _Made:
+    """One pass of `rotate_quantize` over x and, where XLA finds no scales first, one to find them.
+
+    The scale of a whole array is left to XLA: it reads as much as the kernel would, and can do so
+    where x is made.
+    """
+    for name, target, size in (("row", rows, x.shape[0]), ("column", columns, x.shape[1])):
+        if target is not None and target.spec.block_size == "tensor" and target.rotation is None:
+            scale = block_scales(x, target.spec, (0, 1)).scales.reshape(1)
+            options[f"{name}_reference"] = jnp.broadcast_to(scale, (size,))
+    made = rotate_quantize(x, rows, columns, interpret=is_interpreting(), **options)
+    return _Made(_unfolded(made.rows, rows), _unfolded(made.columns, columns), made.mask)
+
+
+def _unfolded(folded: Folded | None, target: Target | None) -> Operand | None:
+    """An operand with one scale, if its format has one a tensor."""
+    if folded is None or target is None:
         return None
-    rotation = call.recipe.rotation_of(product)
-    assert rotation is None or isinstance(rotation, Hadamard)  # as the path demands
-    return Target(spec, rotation)
+    values, scales = folded
+    return Operand(values, scales[0] if dispatch.has_float8_codes(target.spec) else scales)
 
 
 def _keeps_original(name: OperandName, recipe: DotRecipe) -> bool:

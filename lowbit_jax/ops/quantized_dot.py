@@ -1,7 +1,7 @@
 """The product of a linear layer, quantized forward and backward as a recipe says."""
 
-import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ from lowbit_jax.ops.operands import (
     masked_gradient,
     operand_of_quantized,
     run_product,
+    scope,
     split_keys,
 )
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
+from pallas_kernels.compat import is_interpreting
 
 _COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -44,13 +46,15 @@ def quantized_dot(
 
     Quantizers compute in float32, from `w` as it comes: hand over the float32 master weights.
     Operands of the products are in the dtype of `x`, or float8 codes; scales of whole rows and
-    arrays multiply the sums. Sums are float32; a GPU may shorten float32 operands to TF32 unless
-    `jax.default_matmul_precision` forbids it. `dx` is rounded to the dtype of `x` before it is
-    rotated back; `dw` stays float32 to the end, but for the path "hopper", which rotates float32
-    back as two bfloat16 terms, to 2**-17 of each entry.
+    arrays multiply the sums. Sums are float32; a GPU may shorten float32 operands to TF32, and let
+    accumulators of float8 products keep fewer bits (the fast accumulation of cuBLASLt), unless
+    `jax.default_matmul_precision` forbids it, "highest" for example. The two scales of float8 codes
+    are first multiplied by each other there, in float32. `dx` is rounded to the dtype of `x` before
+    it is rotated back; `dw` stays float32 to the end, but for the path "hopper", which rotates
+    float32 back as two bfloat16 terms, to 2**-17 of each entry.
     Kept for the backward pass: the quantized operands, in the dtype of `x` or as float8 codes, with
-    their scales, and the masks, one byte an entry (one bit by the path "hopper", which keeps what
-    the backward products take); `x` and `w` themselves only where they are not quantized, or where
+    their scales, and the masks, one byte an entry. Kernels keep e4m3, or what the backward products
+    take, and masks of one bit; `x` and `w` themselves only where they are not quantized, or where
     backward quantizes the original. Of a `QuantizedWeight` the codes that it holds anyway.
 
     Args:
@@ -62,7 +66,10 @@ def quantized_dot(
       key: Randomness of stochastic rounding and random signs. Needed if `recipe.needs_key`,
         unused otherwise; new for every step and layer.
       implementation: "dequantize", "fp8" or "hopper"; taken for all three products or refused.
-        None: chosen for each product, and `explain` tells which and why.
+        None: chosen for each product, and `explain` tells which and why: "fp8" for float8 formats
+        with one scale a tensor; "hopper" for 4-bit formats that e4m3 holds, on a Hopper GPU with
+        JAX 0.11, unless the shape is small or ragged, or there are several devices over which
+        `jit` may partition, as it does not kernels; "dequantize" for the rest.
 
     Returns:
       `(*batch, n)` in the dtype of `x`.
@@ -76,9 +83,40 @@ def quantized_dot(
     References:
       Panferov et al., QuEST, arXiv:2502.05003; Castro et al., Quartet, arXiv:2505.14669.
     """
-    x = jnp.asarray(x)
-    w = w if isinstance(w, QuantizedWeight) else jnp.asarray(w)
-    return _quantized_dot(x, w, recipe, key, implementation, x.dtype)
+    return _quantized_dots(x, {"": w}, recipe, key, implementation)[""]
+
+
+def quantized_dots(
+    x: Shaped[ArrayLike, "..."],
+    weights: Mapping[str, Shaped[ArrayLike, "..."] | QuantizedWeight],
+    recipe: DotRecipe,
+    *,
+    key: PRNGKeyArray | None = None,
+    implementation: str | None = None,
+) -> dict[str, Float[Array, "..."]]:
+    """`quantized_dot` of one x with several weights, such as those of query, key and value.
+
+    The operands that are made of x, and what is kept of it for the backward pass, are made once and
+    shared, its randomness among them; all else is drawn for each weight. The gradient of x is the
+    sum over the weights.
+
+    Args:
+      x: As for `quantized_dot`.
+      weights: `(n, k)` each, n may differ. Names are those of the scopes in which the products run.
+      recipe: Of all products.
+      key: One for all.
+      implementation: As for `quantized_dot`.
+
+    Returns:
+      A result for each name.
+
+    Raises:
+      ValueError: As `quantized_dot`, or if there are no weights.
+      NotImplementedError: As `quantized_dot`.
+    """
+    if not weights:
+        raise ValueError("quantized_dots: weights must hold one matrix at least, got none.")
+    return _quantized_dots(x, weights, recipe, key, implementation)
 
 
 def quantized_dot_general(
@@ -131,59 +169,98 @@ def quantized_dot_general(
         flat.append(array.transpose(*rest, *axes).reshape(-1, k))
     out_dtype = lhs.dtype if preferred_element_type is None else preferred_element_type
     x, w = flat
-    y = _quantized_dot(x, w, recipe, key, implementation, out_dtype)
+    y = _quantized_dots(x, {"": w}, recipe, key, implementation, out_dtype)[""]
     return y.reshape(free)
 
 
-def _quantized_dot(x, w, recipe, key, implementation, out_dtype) -> Array:
-    _check_call(x, w, recipe, key, implementation)
-    dtypes = jnp.dtype(x.dtype), jnp.dtype(_master(w).dtype), jnp.dtype(out_dtype)
-    call = Call(recipe, implementation, *dtypes, isinstance(w, QuantizedWeight))
-    return _dot(x, w, key if recipe.needs_key else None, call)
+def _quantized_dots(x, weights, recipe, key, implementation, out_dtype=None) -> dict[str, Array]:
+    x = jnp.asarray(x)
+    # In the order of a pytree's leaves.
+    ws = {name: _as_weight(weights[name]) for name in sorted(weights)}
+    for w in ws.values():
+        _check_call(x, w, recipe, key, implementation)
+    # One path for all, since they share the operands made of x: that of the worst n to tile.
+    n = max((_master(w).shape[0] for w in ws.values()), key=dispatch.padding)
+    call = Call(
+        recipe,
+        implementation,
+        x_dtype=jnp.dtype(x.dtype),
+        out_dtype=jnp.dtype(out_dtype or x.dtype),
+        shape=(math.prod(x.shape[:-1]), n, x.shape[-1]),
+        weights=tuple((_master(w).dtype, isinstance(w, QuantizedWeight)) for w in ws.values()),
+    )
+    is_by_kernel = any(call.target("y", spec) is not None for spec in (recipe.y_x, recipe.y_w))
+    # Interpreted kernels have effects, which checkpoints do not take.
+    dots = _dots_by_kernel if is_by_kernel and not is_interpreting() else _dots
+    ys = dots(x, ws, key if recipe.needs_key else None, call)
+    return {name: ys[name] for name in weights}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dot(x, w, key, call: Call):
-    return _forward(x, w, key, call, keeps=False)[0]
+def _dots_primal(x, ws, key, call: Call):
+    return _forward(x, ws, key, call, keeps=False)[0]
 
 
-def _dot_fwd(x, w, key, call: Call):
-    return _forward(x, w, key, call, keeps=True)
+def _dots_fwd(x, ws, key, call: Call):
+    return _forward(x, ws, key, call, keeps=True)
 
 
-def _forward(x, w, key, call: Call, *, keeps: bool):
-    """The result, and what backward needs if it `keeps` that."""
-    keys = split_keys(key)
-    x_q, of_x = forward_operand(x, "x", keys, call, keeps=keeps)
-    if isinstance(w, QuantizedWeight):
-        w_q, of_w = operand_of_quantized(w, keys, call)
-    else:
-        w_q, of_w = forward_operand(w, "w", keys, call, keeps=keeps)
-    y = run_product("y", x_q, w_q, call, call.out_dtype)
-    return y.reshape(*x.shape[:-1], w_q.values.shape[0]), (of_x, of_w, key)
+def _forward(x, ws, key, call: Call, *, keeps: bool):
+    """The results, and what backward needs if it `keeps` that."""
+    x_q, of_x = forward_operand(x, "x", split_keys(key), call, keeps=keeps)
+    ys, of_ws = {}, {}
+    for index, (name, w) in enumerate(ws.items()):
+        keys = split_keys(key, index)
+        with scope(name):
+            if isinstance(w, QuantizedWeight):
+                w_q, of_ws[name] = operand_of_quantized(w, keys, call)
+            else:
+                w_q, of_ws[name] = forward_operand(w, "w", keys, call, keeps=keeps)
+            y = run_product("y", x_q, w_q, call, call.out_dtype)
+        ys[name] = y.reshape(*x.shape[:-1], w_q.values.shape[0])
+    return ys, (of_x, of_ws, key)
 
 
-def _dot_bwd(call: Call, residuals, g):
-    of_x, of_w, key = residuals
-    keys = split_keys(key)
-    g_shape = g.shape
-    g = g.astype(call.x_dtype).reshape(-1, g_shape[-1])
-    check_contraction("dx", g.shape[1], call.recipe)
-    check_contraction("dw", g.shape[0], call.recipe)
-    of_dx, of_dw = gradient_operands(g, keys, call)
-    w_q = backward_operand(of_w.saved, "dx", keys, call)
-    x_q = backward_operand(of_x.saved, "dw", keys, call)
-    dx = masked_gradient("dx", of_dx, w_q, of_x.mask, keys, call, call.x_dtype)
-    dx = dx.astype(call.x_dtype).reshape(*g_shape[:-1], dx.shape[-1])
+def _dots_bwd(call: Call, residuals, gs):
+    of_x, of_ws, key = residuals
+    for_dx, for_dw = {}, {}
+    for index, (name, g) in enumerate(gs.items()):
+        keys = split_keys(key, index)
+        *batch, n = g.shape
+        g = g.astype(call.x_dtype).reshape(-1, n)
+        check_contraction("dx", n, call.recipe)
+        check_contraction("dw", g.shape[0], call.recipe)
+        with scope(name):
+            of_dx, for_dw[name] = gradient_operands(g, keys, call)
+            for_dx[name] = of_dx, backward_operand(of_ws[name].saved, "dx", keys, call)
+    x_keys = split_keys(key)
+    dx = masked_gradient("dx", for_dx, of_x.mask, x_keys, call, call.x_dtype)
+    dx = dx.astype(call.x_dtype).reshape(*batch, dx.shape[-1])
+    x_q = backward_operand(of_x.saved, "dw", x_keys, call)
     dw_dtype = jnp.promote_types(call.x_dtype, jnp.float32)
-    if call.is_quantized:  # the estimator waits for the mean over micro-batches
-        dw = run_product("dw", of_dw, x_q, call, dw_dtype).astype(call.w_dtype)
-        return dx, QuantizedWeight(dw, None), None
-    dw = masked_gradient("dw", of_dw, x_q, of_w.mask, keys, call, dw_dtype)
-    return dx, dw.astype(call.w_dtype), None
+    dws = {}
+    for (name, g_q), (w_dtype, is_quantized) in zip(for_dw.items(), call.weights, strict=True):
+        if is_quantized:  # the estimator waits for the mean over micro-batches
+            with scope(name):
+                dw = run_product("dw", g_q, x_q, call, dw_dtype).astype(w_dtype)
+            dws[name] = QuantizedWeight(dw, None)
+        else:
+            pair = {name: (g_q, x_q)}
+            dw = masked_gradient("dw", pair, of_ws[name].mask, x_keys, call, dw_dtype)
+            dws[name] = dw.astype(w_dtype)
+    return dx, dws, None
 
 
-_dot.defvjp(_dot_fwd, _dot_bwd)
+_dots = jax.custom_vjp(_dots_primal, nondiff_argnums=(3,))
+_dots.defvjp(_dots_fwd, _dots_bwd)
+# A kernel makes operands of both passes in one call, which is not taken apart where jax.checkpoint
+# drops those of the backward pass: then the primal is to run. Second derivatives, which this
+# excludes, kernels do not have.
+_dots_by_kernel = jax.custom_vjp(_dots_primal, nondiff_argnums=(3,))
+_dots_by_kernel.defvjp(_dots_fwd, _dots_bwd, optimize_remat=True)
+
+
+def _as_weight(w):
+    return w if isinstance(w, QuantizedWeight) else jnp.asarray(w)
 
 
 def _master(w) -> Array:

@@ -239,16 +239,21 @@ product_that_shows_its_key.defvjp(
 )
 
 
-def test_every_matrix_of_every_layer_draws_from_a_key_of_its_own(params, tokens, monkeypatch):
-    def product(x, w, recipe, *, key):
+def test_every_input_of_every_layer_draws_from_a_key_of_its_own(params, tokens, monkeypatch):
+    # Matrices that share an input differ by `quantized_dots`.
+    def products(x, weights, recipe, *, key, implementation):
+        return {name: product_that_shows_its_key(x, w, key) for name, w in weights.items()}
+
+    def product(x, w, recipe, *, key, implementation):
         return product_that_shows_its_key(x, w, key)
 
+    monkeypatch.setattr(linear, "quantized_dots", products)
     monkeypatch.setattr(linear, "quantized_dot", product)
     model, rngs = Llama(with_recipe(ROUNDED_GRADIENTS)), {"quantize": jax.random.key(5)}
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens, rngs=rngs))))
     layers = traverse_util.flatten_dict(gradient(params)["layers"], sep="/")
     drawn = [layers[path.removeprefix("layers/")][:, 0, 0] for path in QUANTIZABLE_PATHS]
-    assert len(np.unique(drawn)) == 7 * CONFIG.n_layers
+    assert len(np.unique(drawn)) == 4 * CONFIG.n_layers
 
 
 def test_a_random_recipe_without_a_key_says_so(params, tokens):
@@ -323,3 +328,17 @@ def test_wrong_tokens_say_how_to_fix_them(params, inputs, targets, message):
 def test_an_impossible_config_is_refused_when_it_is_made(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_products_are_computed_as_the_config_names(params, tokens):
+    model = Llama(with_recipe("fp8_tensorwise:y=bf16", implementation="dequantize"))
+
+    def loss_fn(params):
+        return model.apply({"params": params}, tokens, tokens, method="loss")
+
+    rows = explain(jax.grad(loss_fn), params).rows
+    assert {row.reason for row in rows} == {"asked for by name"}
+    with pytest.raises(ValueError, match=r"implementation must be None or one of .* got 'cutlass'"):
+        with_recipe("quest_w4a4", implementation="cutlass")
+    # Matrices that are not quantized take the plain product whatever the name.
+    Llama(with_recipe("bf16", implementation="fp8")).apply({"params": params}, tokens)

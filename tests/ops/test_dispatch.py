@@ -1,6 +1,8 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lowbit_jax.numerics import (
@@ -11,10 +13,21 @@ from lowbit_jax.numerics import (
     MXFP4,
     NVFP4,
     QUEST_INT4,
+    QUEST_MXFP4,
 )
 from lowbit_jax.ops import dispatch
+from lowbit_jax.ops.recipes import RTN_W4A4
+from pallas_kernels.compat import mosaic_obstacle
 
-A100, ADA, H100 = (8, 0), (8, 9), (9, 0)
+A100, ADA, H100, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
+
+needs_mosaic = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosaic_obstacle()))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The tests simulate several."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +43,7 @@ A100, ADA, H100 = (8, 0), (8, 9), (9, 0)
         (None, FP8_E4M3_TENSOR, H100, "dequantize", "both operands"),
         (None, None, H100, "dequantize", "plain product"),
         (MXFP4, MXFP4, A100, "dequantize", "capability 9.0, this device has 8.0"),
+        (MXFP4, MXFP4, BLACKWELL, "dequantize", "capability 9.0, this device has 10.0"),
         (NVFP4, NVFP4, H100, "dequantize", "are no powers of two"),
     ],
 )
@@ -37,6 +51,109 @@ def test_path_follows_formats_and_device(a, b, capability, path, reason):
     plan = dispatch.choose("y", a, b, None, capability)
     assert plan.path == path
     assert reason in plan.reason
+
+
+@needs_mosaic
+@pytest.mark.parametrize("spec", [MXFP4, QUEST_MXFP4, QUEST_INT4, RTN_W4A4.y_x], ids=str)
+def test_formats_that_fold_go_through_the_kernels_on_hopper(spec, one_device):
+    assert dispatch.choose("y", spec, spec, None, H100).path == "hopper"
+    assert dispatch.choose("y", spec, spec, None, H100, shape=(16384, 4096, 4096)).path == "hopper"
+    # A backward product that is not quantized has no 4-bit operand to multiply exactly.
+    assert dispatch.choose("dw", None, spec, None, H100, is_kept=True).path == "dequantize"
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((16, 4096, 4096), "grows by 300% in tiles of 64"),
+        ((16384, 72, 128), "grows by 78% in tiles of 64"),
+        ((16384, 4096, 4080), "words of 32 columns, got k=4080"),
+        ((0, 4096, 4096), "nothing to compute"),
+        ((2047, 4096, 4096), None),
+        ((1000, 960, 992), None),
+    ],
+)
+def test_small_and_ragged_products_stay_off_the_kernels(shape, reason, one_device):
+    plan = dispatch.choose("y", MXFP4, MXFP4, None, H100, shape=shape)
+    assert plan.path == ("hopper" if reason is None else "dequantize")
+    assert (reason or "") in plan.reason
+    by_name = dispatch.choose("y", MXFP4, MXFP4, "hopper", H100, shape=shape)
+    assert by_name == ("hopper", "asked for by name")
+    # The product of float8 codes needs no kernel of ours, but its operands are made by one.
+    plan = dispatch.choose("y", FP8_E4M3_TENSOR, FP8_E4M3_TENSOR, None, H100, shape=shape)
+    assert plan.path == "fp8"
+    assert f"operands by {'rotate_quantize' if reason is None else 'XLA'}" in plan.reason
+
+
+@needs_mosaic
+def test_kernels_are_no_choice_where_jit_may_partition_the_product(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    plan = dispatch.choose("y", MXFP4, MXFP4, None, H100)
+    assert plan.path == "dequantize"
+    assert "over 4 devices, but no kernels; use jax.shard_map" in plan.reason
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    paths = []
+
+    def of_shard(x):
+        paths.append(dispatch.choose("y", MXFP4, MXFP4, None, H100).path)
+        return x
+
+    one_axis = jax.sharding.PartitionSpec("data")
+    of_shards = jax.shard_map(of_shard, mesh=mesh, in_specs=one_axis, out_specs=one_axis)
+    jax.eval_shape(of_shards, jax.ShapeDtypeStruct((8,), np.float32))
+    assert paths == ["hopper"]
+
+
+def equations_of(program):
+    for eqn in program.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if hasattr(value, "eqns"):
+                yield from equations_of(value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_fast"), [(None, True), ("default", True), ("highest", False)]
+)
+def test_float8_products_are_scaled_within_one_call_of_cublas(
+    precision, is_fast, one_device, monkeypatch
+):
+    # XLA recognizes a product times a scalar of its dtype, and leaves it to cuBLASLt if it names
+    # one of two algorithms, of which the precision chooses.
+    monkeypatch.setattr(dispatch, "cuda_capability", lambda: H100)
+    codes, scale = jnp.ones((2048, 64), jnp.float8_e4m3fn), jnp.float32(0.3)
+    operand, other = dispatch.Operand(codes, scale), dispatch.Operand(codes[:1024], scale)
+    plan = dispatch.Plan("fp8", "a test")
+    specs = FP8_E4M3_TENSOR, FP8_E4M3_TENSOR
+
+    def product(a, b):
+        return dispatch.run("y", plan, a, b, specs, jnp.bfloat16, jnp.bfloat16)
+
+    with jax.default_matmul_precision(precision):
+        program = jax.make_jaxpr(product)(operand, other)
+    equations = list(equations_of(program))
+    (dot,) = (eqn for eqn in equations if eqn.primitive.name == "dot_general")
+    name = "ANY_F8_ANY_F8_F32_FAST_ACCUM" if is_fast else "ANY_F8_ANY_F8_F32"
+    assert dot.params["precision"] == jax.lax.DotAlgorithmPreset[name]
+    of_size = [v.aval.dtype for eqn in equations for v in eqn.outvars if v.aval.size == 2048 * 1024]
+    assert set(of_size) == {np.dtype(jnp.bfloat16)}
+    # Of a small result XLA splits the sums, and would round the scale.
+    small = equations_of(jax.make_jaxpr(product)(other, other))
+    (dot,) = (eqn for eqn in small if eqn.primitive.name == "dot_general")
+    assert dot.outvars[0].aval.dtype == jnp.float32
+    # XLA has no algorithm for a product of one row, of which it makes a sum.
+    row = dispatch.Operand(codes[:1], scale)
+    (dot,) = (
+        eqn
+        for eqn in equations_of(jax.make_jaxpr(product)(row, operand))
+        if eqn.primitive.name == "dot_general"
+    )
+    assert dot.params["precision"] is None
+    # A scale each is no scalar: products are not batched.
+    operands = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), operand)
+    for eqn in equations_of(jax.make_jaxpr(jax.vmap(product, (0, None)))(operands, other)):
+        assert eqn.primitive.name != "dot_general" or eqn.outvars[0].aval.shape == (2048, 1024)
 
 
 def test_a_path_asked_for_by_name_is_taken_on_any_device():

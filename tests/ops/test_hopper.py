@@ -1,12 +1,14 @@
 """Layers through the kernels for Hopper, interpreted on the CPU, against the reference path."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowbit_jax.numerics import FP8_E4M3_TENSOR, quantize
 from lowbit_jax.ops import (
     QuantizedWeight,
     dispatch,
@@ -15,6 +17,7 @@ from lowbit_jax.ops import (
     quantize_weight,
     quantized_dot,
 )
+from lowbit_jax.ops.operands import Call, backward_operand, forward_operand, split_keys
 from pallas_kernels.compat import (
     hopper_obstacle,
     interpreter,
@@ -133,9 +136,118 @@ def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
             )
 
 
-def test_layers_lower_for_hopper_under_scan_and_remat(monkeypatch):
-    # The interpreter does not know checkpoints, and no device is needed to lower.
+@pytest.fixture
+def one_device(monkeypatch):
+    """However many there are, real or simulated."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
+def one_hopper(monkeypatch, one_device):
+    """To lower for, which needs no device."""
     monkeypatch.setattr(dispatch, "cuda_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "paths", "num_quantizers", "num_products"),
+    [
+        ("quartet", ["hopper"] * 3, None, 3),
+        ("quartet_rtn", ["hopper"] * 3, None, 3),
+        # One pass finds the scales of rows, one makes the operand.
+        ("quest_w4a4", ["hopper", "dequantize", "dequantize"], 4, 1),
+        ("rtn_w4a4", ["hopper", "dequantize", "dequantize"], 4, 1),
+        # One pass for both products that take an array, whose scale XLA finds.
+        ("fp8_tensorwise_e4m3", ["fp8"] * 3, 3, 0),
+    ],
+)
+def test_kernels_are_chosen_on_hopper(name, paths, num_quantizers, num_products, one_hopper):
+    layer = functools.partial(products, recipe=get_recipe(name))
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments(256, 384, 512)]
+    assert [row.path for row in explain(layer, *shapes).rows] == paths
+    module = lower_for_hopper(layer, *shapes)
+    calls = module.count("custom_call @mosaic_gpu")
+    quantizers = calls - num_products
+    assert num_quantizers in (None, quantizers)
+    names = ["lowbit_rotate_quantize", "lowbit_scaled_matmul"]
+    assert kernel_names(module) == names[: 1 + (num_products > 0)]
+
+
+def test_float8_products_on_hopper_take_no_transpose_and_make_no_float32_activations(one_hopper):
+    layer = functools.partial(products, recipe=get_recipe("fp8_tensorwise_e4m3"))
+    tokens, n, k = 2048, 1024, 1536
+    args = arguments(tokens, n, k)
+    program = jax.make_jaxpr(layer)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args))
+
+    def equations(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn
+            for value in eqn.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns") and eqn.primitive.name != "mpmd_map":
+                    yield from equations(inner)
+
+    found = list(equations(program.jaxpr))
+    dots = [eqn for eqn in found if eqn.primitive.name == "dot_general"]
+    assert [(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype.name) for eqn in dots] == [
+        ((tokens, n), "bfloat16"),
+        ((tokens, k), "bfloat16"),
+        ((n, k), "float32"),
+    ]
+    for eqn in dots:  # contraction-last, as tensor cores take float8
+        assert eqn.params["dimension_numbers"] == (((1,), (1,)), ((), ()))
+        assert eqn.invars[0].aval.dtype.itemsize == eqn.invars[1].aval.dtype.itemsize == 1
+    assert not [e for e in found if e.primitive.name == "transpose" and e.outvars[0].aval.ndim == 2]
+
+
+def test_float8_operands_from_the_kernel_are_those_of_the_quantizer():
+    # Exact: the same scale, and quotients of the same rounding.
+    recipe = get_recipe("fp8_tensorwise_e4m3")
+    x, w, _ = arguments(96, 72, 160)
+    keys = split_keys(None)
+
+    def operands(z, name):
+        dtypes, weights = (np.dtype(jnp.bfloat16),) * 2, ((np.dtype(np.float32), False),)
+        call = Call(recipe, "fp8", *dtypes, shape=(96, 72, 160), weights=weights)
+        q, residual = forward_operand(z, name, keys, call, keeps=True)
+        product = "dw" if name == "x" else "dx"
+        return q, backward_operand(residual.saved, product, keys, call)
+
+    zero, broken = jnp.zeros_like(x), x.at[5, 7].set(jnp.inf)
+    for z, name in ((x, "x"), (w, "w"), (zero, "x"), (broken, "x")):
+        of_one = functools.partial(operands, name=name)
+        (a, b), (a_expected, b_expected) = run_interpreted(of_one, z), jax.jit(of_one)(z)
+        np.testing.assert_array_equal(a.scale, a_expected.scale)
+        np.testing.assert_array_equal(b.scale, a_expected.scale)
+        assert a.scale.shape == b.scale.shape == ()
+        if z is broken:  # all of it, by the scale
+            assert jnp.isnan(a.scale)
+            continue
+        for got, expected in ((a, a_expected), (b, b_expected)):
+            assert got.values.dtype == jnp.float8_e4m3fn
+            np.testing.assert_array_equal(
+                np.asarray(got.values, np.float32), np.asarray(expected.values, np.float32)
+            )
+
+
+def test_layers_of_float8_through_the_quantizer_are_those_of_the_reference():
+    args = arguments(96, 72, 160)
+    for name in ("fp8_tensorwise_e4m3", "fp8_tensorwise"):
+        layer = functools.partial(products, recipe=get_recipe(name), implementation="fp8")
+        got, expected = run_interpreted(layer, *args), jax.jit(layer)(*args)
+        x, w, g = (np.abs(np.asarray(z, np.float64)) for z in args)
+        terms = x @ w.T, g @ w, g.T @ x
+        for a, b, magnitudes in zip(got, expected, terms, strict=True):
+            assert a.dtype == b.dtype
+            rounding = 2**-7 if a.dtype == jnp.bfloat16 else 0
+            # Bound: at most 160 terms in another order, each rounded to a format with steps of a
+            # quarter; then a rounding to bfloat16 on either side of a tie, but for dw.
+            order = 2 * 160 * 2**-24 * 1.25**2 * magnitudes
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            assert np.all(np.abs(a - b) <= order + rounding * np.abs(b))
+
+
+def test_layers_lower_for_hopper_under_scan_and_remat(one_hopper):
+    # The interpreter does not know checkpoints.
     dot = functools.partial(
         quantized_dot, recipe=get_recipe("quartet"), key=jax.random.key(0), implementation="hopper"
     )
@@ -148,6 +260,59 @@ def test_layers_lower_for_hopper_under_scan_and_remat(monkeypatch):
     ws = jax.ShapeDtypeStruct((2, 128, 128), jnp.float32)
     module = lower_for_hopper(jax.grad(loss, (0, 1)), x, ws)
     assert kernel_names(module) == ["lowbit_rotate_quantize", "lowbit_scaled_matmul"]
+
+
+def test_what_a_checkpoint_drops_is_not_made(one_hopper):
+    # Columns for the backward pass: only the second forward pass makes them, next to the rows.
+    dot = functools.partial(quantized_dot, recipe=get_recipe("fp8_tensorwise_e4m3"))
+
+    def loss(x, w):
+        return jnp.sum(jax.checkpoint(dot)(x, w).astype(jnp.float32) ** 2)
+
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments(256, 384, 512)[:2]]
+    module = lower_for_hopper(jax.grad(loss, (0, 1)), *shapes)
+    calls = [line for line in module.splitlines() if "custom_call @mosaic_gpu" in line]
+    num_operands = [len(re.findall("f8E4M3FN", line.split("->")[-1])) for line in calls]
+    assert num_operands == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fp8_tensorwise", "fp8_tensorwise_e4m3"])
+def test_float8_products_are_three_calls_of_cublas_without_a_float32_activation(name, one_device):
+    if obstacle := hopper_obstacle(dispatch.cuda_capability()):
+        pytest.skip(obstacle)
+    args = arguments(2048, 1024, 1536)
+    layer = functools.partial(products, recipe=get_recipe(name))
+    compiled = jax.jit(layer).lower(*args).compile().as_text()
+    assert len(re.findall(r'custom_call_target="__cublas\$lt\$matmul\$f8"', compiled)) == 3
+    entry = compiled[compiled.index("ENTRY") :]
+    for size in ("2048,1024", "2048,1536"):
+        assert f"f32[{size}]" not in entry
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [256, 2048])  # sums that XLA splits, and that it does not
+def test_cublas_scales_in_float32_and_rounds_once(size, one_device):
+    capability = dispatch.cuda_capability()
+    if capability is None or capability < (8, 9):
+        pytest.skip("needs FP8 tensor cores")
+    # The product of the scales is 1 + 0.99 * 2**-8, which bfloat16 would round to 1.
+    x = jnp.eye(size, dtype=jnp.bfloat16)
+    largest = 448 * 448 * (1 + 0.99 * 2**-8)
+    w = jax.random.uniform(jax.random.key(0), (1024, size), minval=-largest, maxval=largest)
+    w = w.at[0, 0].set(largest)
+    recipe = get_recipe("fp8_tensorwise_e4m3")
+    y = jax.jit(lambda x, w: quantized_dot(x, w, recipe, implementation="fp8"))(x, w)
+    (q, w_scale), x_scale = quantize_values_and_scale(w), np.float32(1 / 448)
+    exact = 448 * np.asarray(q, np.float64).T * np.float64(w_scale) * np.float64(x_scale)
+    # Bound: half a unit of bfloat16, three roundings of float32 scales.
+    error = np.abs(np.asarray(y, np.float64) - exact)
+    assert (error <= (2**-9 + 2**-21) * np.abs(exact)).all()
+
+
+def quantize_values_and_scale(w):
+    q = quantize(w, FP8_E4M3_TENSOR)
+    return q.codes.astype(jnp.float32), q.scales
 
 
 @pytest.mark.gpu
