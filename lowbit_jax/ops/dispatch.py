@@ -329,7 +329,8 @@ def _run_float8(a: Operand, b: Operand, compute_dtype, out_dtype):
         assert a.scale is not None  # as float8 codes have
         assert b.scale is not None
         presets = jax.lax.DotAlgorithmPreset
-        is_fast = jax.config.jax_default_matmul_precision in _FAST_PRECISIONS
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] (not declared by JAX 0.10)
+        is_fast = precision in _FAST_PRECISIONS
         algorithm = presets.ANY_F8_ANY_F8_F32_FAST_ACCUM if is_fast else presets.ANY_F8_ANY_F8_F32
         return _cublas_product(a.values, b.values, a.scale * b.scale, algorithm, out_dtype)
     # Operands are multiplied as the codes they are.
