@@ -1,5 +1,6 @@
 """What every test shares: hypothesis settings, a compilation cache, and the `gpu` marker."""
 
+import gc
 import os
 import pathlib
 
@@ -21,9 +22,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def pytest_collection_modifyitems(items):
-    """Skips tests marked `gpu` where JAX sees no CUDA device."""
+    """The longest test first; tests marked `gpu` are skipped where JAX sees no CUDA device."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/train/test_resume.py"))
     if jax.default_backend() == "gpu":
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish(session):
+    """Spares the collector of garbage the modules: going through them took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

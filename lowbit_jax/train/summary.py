@@ -1,6 +1,7 @@
 """What a finished run has to show for itself."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -229,15 +230,15 @@ def quantization_error(model: Llama, params: PyTree) -> float | None:
             continue
         if row.recipe.y_w.needs_key:
             continue  # no one Q(w)
-        residual, norm = _error_squares(leaves[row.path], weight_projection(row.recipe))
+        residual, norm = _error_squares(leaves[row.path], row.recipe)
         error, square = error + float(residual), square + float(norm)
     return (error / square) ** 0.5 if square else None
 
 
-def _error_squares(w, projection):
-    return jax.jit(
-        lambda w: (jnp.sum(jnp.square(w - projection(w))), jnp.sum(jnp.square(w)))
-    )(w.astype(jnp.float32))  # fmt: skip
+@functools.partial(jax.jit, static_argnums=1)
+def _error_squares(w, recipe):
+    w = w.astype(jnp.float32)
+    return jnp.sum(jnp.square(w - weight_projection(recipe)(w))), jnp.sum(jnp.square(w))
 
 
 def _sample(config: Config, params: PyTree, generate: Callable[..., Any]) -> str:

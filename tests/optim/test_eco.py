@@ -674,14 +674,19 @@ def test_leaves_without_gradient_keep_weight_and_moments():
 def test_leaves_and_layers_draw_different_bits():
     spec = dataclasses.replace(FP8_E4M3, rounding="stochastic")
     weight = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (32, 64)), (2, 32, 64))
-    params = quantize_leaves({"a": weight, "b": weight}, FP8_E4M3)
     tx = scale_by_eco(spec, 1e-2)
-    gradients = jax.tree.map(jnp.ones_like, dequantize_leaves(params))
-    updates, _ = tx.update(gradients, tx.init(params), params)
-    stepped = dequantize_leaves(apply_updates_low_precision(params, updates))
+
+    @jax.jit
+    def step(weights):
+        params = quantize_leaves(weights, FP8_E4M3)
+        gradients = jax.tree.map(jnp.ones_like, dequantize_leaves(params))
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        return dequantize_leaves(apply_updates_low_precision(params, updates))
+
+    stepped = jax.device_get(step({"a": weight, "b": weight}))
     layers = [leaf[layer] for leaf in stepped.values() for layer in range(2)]
     for i, x in enumerate(layers):
-        assert all(jnp.any(x != y) for y in layers[:i])  # alike bits would give alike weights
+        assert all(np.any(x != y) for y in layers[:i])  # alike bits would give alike weights
 
 
 def test_moments_in_bfloat16_are_unbiased():
@@ -716,11 +721,15 @@ def test_moments_in_bfloat16_are_unbiased():
     ids=str,
 )
 def test_relative_squared_error_of_a_gaussian_row_of_4096(spec, expected, tolerance):
-    x = jax.random.normal(jax.random.key(0), (512, 4096))
-    error = quantize_values(x, spec, key=jax.random.key(1))[0] - x
+    @jax.jit
+    def relative_squared_error(key):
+        x = jax.random.normal(key, (512, 4096))
+        error = quantize_values(x, spec, key=jax.random.key(1))[0] - x
+        return jnp.sum(error**2) / jnp.sum(x**2)
+
     # Statistical: 512 rows. At 4 bits the abs-max of a row moves its error by 20 %, the mean by
     # 0.9 %; a float format hardly feels it.
-    assert abs(float(jnp.sum(error**2) / jnp.sum(x**2)) / expected - 1) <= tolerance
+    assert abs(float(relative_squared_error(jax.random.key(0))) / expected - 1) <= tolerance
 
 
 # --- messages -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """AdamW with moments in few bits against Adam in float32."""
 
+import functools
 import math
 
 import jax
@@ -22,6 +23,7 @@ from lowbit_jax.optim.low_precision_adam import (
 )
 from lowbit_jax.optim.masks import match_paths
 
+values_of = jax.jit(dequantize_leaves)
 MOMENTS = {"float32": "float32", "bfloat16": "bfloat16", "e4m3": MOMENT_E4M3_128}
 
 
@@ -148,13 +150,13 @@ def test_leaves_layers_and_steps_draw_different_bits(kind):
     gradient = jnp.broadcast_to(normal((8, 128)), (2, 8, 128))
     tx = scale_by_adam_low_precision(m=MOMENTS[kind])
     params = {"a": gradient, "b": gradient}
-    start = tx.init(params)
+    start, update = tx.init(params), jax.jit(tx.update)
     drawn = []
     for count in range(2):  # of the same moments
-        _, state = tx.update(params, start._replace(count=jnp.int32(count)))
+        _, state = update(params, start._replace(count=jnp.int32(count)))
         trees = [state.m] if kind == "e4m3" else [state.m, state.v]
         drawn += [np.asarray(x) for tree in trees for x in
-                  jax.tree.leaves(dequantize_leaves(tree))]  # fmt: skip
+                  jax.tree.leaves(values_of(tree))]  # fmt: skip
     layers = [x[layer].astype(np.float32) for x in drawn for layer in range(2)]
     for i, x in enumerate(layers):
         # Statistical: values between two steps of the grid; alike bits would give alike arrays.
@@ -207,10 +209,12 @@ def test_other_moments_are_refused():
 # --- weights, moments and updates together -------------------------------------------------------
 
 
+@functools.cache
 def quantized_problem():
     params = {"w": normal((8, 128)), "b": normal((8, 128), 1).astype(jnp.bfloat16)}
     target = jax.tree.map(lambda p: p.astype(jnp.float32) + 0.05, params)
-    return quantize_leaves(params, FP8_E4M3, match_paths("w")), target
+    to_codes = jax.jit(lambda params: quantize_leaves(params, FP8_E4M3, match_paths("w")))
+    return to_codes(params), target
 
 
 TX = adamw_low_precision(1e-3, m=MOMENT_E4M3_128, weight_decay=0.01)
@@ -237,13 +241,13 @@ def train_step():
 
 def test_weights_in_few_bits_learn_with_moments_in_few_bits(train_step):
     params, target = quantized_problem()
-    before = dequantize_leaves(params)
+    before = values_of(params)
     carry = (params, jax.jit(TX.init)(params))
     for t in range(100):
         carry = train_step(carry, t, target)
     assert train_step._cache_size() == 1
     assert jax.tree.structure(carry[0]) == jax.tree.structure(params)
-    after = dequantize_leaves(carry[0])
+    after = values_of(carry[0])
     for name in ("w", "b"):
         # A claim: 100 steps of at most 1e-3 arrive at a target 0.05 away on average, though each
         # is smaller than half the distance between most weights and their neighbours.

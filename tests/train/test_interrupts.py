@@ -6,9 +6,12 @@ import time
 
 import pytest
 
+from lowbit_jax.train import interrupts
+
+# Reads the module by its path: importing the package, and JAX with it, would take seconds.
 CHILD = textwrap.dedent("""
-    import ctypes, os, signal, sys, time
-    from lowbit_jax.train.interrupts import listen_for_signals
+    import ctypes, os, runpy, signal, sys, time
+    listen_for_signals = runpy.run_path(sys.argv.pop(1))["listen_for_signals"]
     sleep_in_c = ctypes.CDLL(None).sleep  # as a compilation does: no bytecode runs meanwhile
     before = signal.getsignal(signal.SIGINT)  # a background job of a shell ignores it
     with listen_for_signals(lambda text: print(text, flush=True)) as stop:
@@ -28,7 +31,9 @@ def start():
 
     def start(*arguments):
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", CHILD, interrupts.__file__, *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         children.append(child)
         assert child.stdout.readline() == "ready\n"
