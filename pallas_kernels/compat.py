@@ -34,6 +34,20 @@ def is_interpreting() -> bool:
     return _is_interpreting.get()
 
 
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the device that `jit` compiles for; None if it is no CUDA GPU.
+
+    That of `jax.default_device`, or else the first. Where arrays are that were committed to another
+    one cannot be known while their program is traced.
+    """
+    device = getattr(jax.config, "jax_default_device", None)
+    if not device or isinstance(device, str):  # the name of a platform
+        device = (jax.devices(device) if device else jax.devices())[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    match = re.fullmatch(r"(\d+)\.(\d+)", capability)  # not so where it is no GPU of NVIDIA's
+    return (int(match[1]), int(match[2])) if match else None
+
+
 def hopper_obstacle(capability: tuple[int, int] | None) -> str | None:
     """Why kernels for Hopper cannot run on a device of this compute capability, or None."""
     if is_interpreting():
@@ -99,7 +113,7 @@ def launch(
     """
     if interpret:
         options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=list(scratch_types),
@@ -111,6 +125,23 @@ def launch(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **options,
     )
+    return lambda *operands: vary_alike(kernel(*operands), operands)
+
+
+def vary_alike(tree: Any, like: Any = ()) -> Any:
+    """`tree` with each array varying over all mesh axes over which one of `tree` or `like` does.
+
+    Within `jax.shard_map`, which tells apart what is the same on all devices; elsewhere `tree`
+    itself. Gradients of what was the same are summed over those axes.
+    """
+    axes = [jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves((tree, like))]
+    union = frozenset().union(*axes)
+
+    def vary(leaf):
+        missing = tuple(union - jax.typeof(leaf).mat.varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
 
 
 @contextlib.contextmanager

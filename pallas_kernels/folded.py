@@ -1,15 +1,15 @@
-"""Low-bit operands of a product as e4m3 matrices with one scale a row, and masks packed to bits.
+"""Low-bit operands of a product as FP8 matrices with at most one scale a row, and packed masks.
 
-The FP8 tensor cores of Hopper multiply e4m3 and know no blocks. But a 4-bit code has so few
-significant bits that the power-of-two scale of its block fits into the exponent that e4m3 has to
-spare: an e2m1 code times `2**k` is exact in e4m3 for k from -8 to 6. So the exponents of a row's
-blocks, taken relative to the largest of them, go into the values, and what is left is one scale a
-row, which a product applies to its sums:
+The FP8 tensor cores of Hopper know no blocks. But a 4-bit code has so few significant bits that the
+power-of-two scale of its block fits into the exponent that e5m2 has to spare: an e2m1 code times
+`2**s` is exact in e5m2 for s from -15 to 13. So the scales of all blocks of a matrix, relative to
+the largest of them, go into the values, as long as they lie within 29 binades, and what is left is
+one scale of the matrix, which a product applies to its sums:
 
-    x = values * scales[:, None],        a b^T = (values_a values_b^T) * scales_a * scales_b^T
+    x = values * scale,        a b^T = (values_a values_b^T) * (scale_a * scale_b)
 
-Integers and mid-rise codes with one scale a row fold too: their levels, or twice them, are integers
-up to 15.
+Formats with one scale a row or a tensor fold too if e4m3 or e5m2 holds their levels or, for
+mid-rise codes, twice them: then the values are the levels, and the scales stay what they are.
 """
 
 import math
@@ -17,36 +17,40 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float8e4m3fn, Float32, UInt32
+from jaxtyping import Array, Bool, Float8e4m3fn, Float8e5m2, Float32, UInt32
 
 from lowbit_jax.numerics.floats import floor_log2, power_of_two
-from lowbit_jax.numerics.formats import E4M3, Format, decode, unpack
+from lowbit_jax.numerics.formats import E4M3, E5M2, Format, decode, unpack
 from lowbit_jax.numerics.qtensor import QTensor
 from lowbit_jax.numerics.scales import is_nan_scale
 from lowbit_jax.numerics.spec import POWER_OF_TWO_RULES, QuantSpec
 
 WORD = 32  # entries of a mask in one word
 
-# Of e2m1: blocks whose scales lie within 14 binades of their row's largest fold without loss.
-_MIN_BINADES = 14
-_LOWEST_EXPONENT = -9  # of e4m3, whose smallest number is 2**-9
+# Of e2m1: blocks whose scales lie within 28 binades of the largest fold without loss.
+_MIN_BINADES = 28
+_LOWEST_EXPONENT = -16  # of e5m2, whose smallest number is 2**-16
+_LOWEST_SCALE = -108
 
 
 class Folded(NamedTuple):
-    """A matrix as an operand of a product, the axis summed over last: `values * scales[:, None]`.
+    """A matrix as an operand of a product, the axis summed over last: `values * scales`.
 
-    Exactly what it was folded from, except that blocks whose scale lies more than 14 binades below
-    the largest of their row are rounded to multiples of `2**-9`, the smallest number of e4m3.
+    Exactly what it was folded from, except that blocks whose scale lies more than 28 binades below
+    the largest of the matrix, or whose numbers are below `2**-124`, are rounded to multiples of
+    `2**-16`, the smallest number of e5m2.
 
     Attributes:
-      values: e4m3 `(rows, c)`. Of blocks with power-of-two scales: the code times the block's scale
-        over the row's `scales`, at most 384 for e2m1; zeros have no sign.
-      scales: float32 `(rows,)`, with the global scale. NaN for a row with a NaN or an infinity in
-        any block, so that its whole row of the product is NaN; its values are arbitrary then.
+      values: `(rows, c)`. Of blocks with power-of-two scales: e5m2, the code times the block's
+        scale over `scales`, at most 49152 for e2m1, and NaN for a block with a NaN or an infinity.
+        Else e4m3, or e5m2 for codes that are.
+      scales: float32 `()` for the whole matrix or `(rows,)`, with the global scale. Of formats with
+        one scale a row or a tensor NaN where there was a NaN or an infinity, so that all of the row
+        or tensor is; its values are arbitrary then.
     """
 
-    values: Float8e4m3fn[Array, "rows c"]
-    scales: Float32[Array, " rows"]
+    values: Float8e4m3fn[Array, "rows c"] | Float8e5m2[Array, "rows c"]
+    scales: Float32[Array, " rows"] | Float32[Array, ""]
 
 
 def foldable(spec: QuantSpec) -> str | None:
@@ -54,31 +58,32 @@ def foldable(spec: QuantSpec) -> str | None:
     format = spec.format
     if spec.scale == "minmax" or spec.block_rows > 1:
         return f"{spec} has zero points or scales that rows share"
-    if not _fits_e4m3(format):
-        return f"the levels of {format} are no e4m3 numbers"
     if spec.scale in POWER_OF_TWO_RULES:
+        if not _holds(E5M2, format):
+            return f"the levels of {format} are no e5m2 numbers"
         spare = _spare_binades(format)
         if spare < _MIN_BINADES:
-            return f"{format} leaves e4m3 {spare} binades for the scales, less than {_MIN_BINADES}"
+            return f"{format} leaves e5m2 {spare} binades for the scales, less than {_MIN_BINADES}"
     elif isinstance(spec.block_size, int):
         return f"the scales of {spec} are no powers of two"
+    elif not (_holds(E4M3, format) or _holds(E5M2, format)):
+        return f"the levels of {format} are no e4m3 numbers"
     return None
 
 
-def fold(q: QTensor, largest: Float32[Array, " rows"] | None = None) -> Folded:
-    """The same matrix with one scale a row; see `Folded`.
+def fold(q: QTensor, largest: Float32[Array, ""] | None = None) -> Folded:
+    """The same matrix with one scale, or one a row; see `Folded`.
 
     Args:
       q: `(rows, c)`: e2m1 or integers up to 4 bits with power-of-two scales of blocks; or, with one
-        scale a row or a tensor, any format whose levels e4m3 holds: mid-rise up to 4 bits, integers
-        up to 5, the small floats, e4m3 itself.
-      largest: A power of two for each row to take the place of the largest scale of its blocks,
-        for example that of the step before; only for scales of blocks. Values saturate in blocks
-        whose scale is more than `448 / 384` times larger.
+        scale a row or a tensor, any format whose levels e4m3 or e5m2 holds: mid-rise up to 4 bits,
+        integers up to 5, the small floats, these two themselves.
+      largest: A power of two to take the place of the largest scale of the blocks; only for scales
+        of blocks. Values saturate in blocks whose scale is larger.
 
     Returns:
-      Values of blocks reach for the top of e4m3: `code * 2**6` for e2m1 in the blocks with the
-      largest scale of their row. Mid-rise values are odd integers, twice the level.
+      Values of blocks reach for the top of e5m2: `code * 2**13` for e2m1 in the blocks with the
+      largest scale. Mid-rise values are odd integers, twice the level.
 
     Raises:
       ValueError: If the array is no matrix, or its spec does not fold.
@@ -89,62 +94,54 @@ def fold(q: QTensor, largest: Float32[Array, " rows"] | None = None) -> Folded:
         raise ValueError(f"fold: {obstacle}; use dequantize.")
     if len(q.shape) != 2:
         raise ValueError(f"fold: q must be a matrix, got shape {q.shape}; reshape it or use vmap.")
-    rows, c = q.shape
     format = spec.format
     codes = q.codes
     codes = unpack(codes, format.bits) if format.bits < 8 else codes.view(jnp.uint8)
-    values = decode(codes, format) * np.float32(_unit(format))
+    values = decode(codes, format)
     if spec.scale in POWER_OF_TWO_RULES:
-        exponents = q.scales.astype(jnp.int32) - 127
-        found = largest_scales(q)
-        is_nan = jnp.isnan(found)
-        scales = row_scales(found if largest is None else jnp.where(is_nan, found, largest), spec)
-        # 2**-100 stands for all that is too small: the values round to zero.
-        shifts = jnp.clip(exponents - floor_log2(scales)[:, None], -100, 127)
-        values = values.reshape(rows, exponents.shape[1], -1) * power_of_two(shifts)[:, :, None]
-        values = jnp.where((values == 0) | is_nan[:, None, None], 0, values)  # -0 becomes 0
-        # Only a reference that was given, and is too small, lets values reach beyond e4m3.
-        values = jnp.clip(values, -E4M3.max, E4M3.max).reshape(rows, c)
+        largest = largest_scale(q) if largest is None else largest
+        scales = folded_scale(largest, spec)
+        values = _shifted(values, q.scales, scales)
     else:
-        scales = row_scales(largest_scales(q), spec)
+        values = values * np.float32(_unit(format))
+        scales = q.scales.reshape(() if spec.block_size == "tensor" else -1)
+        scales = scales * np.float32(1 / _unit(format))
     if q.global_scale is not None:
         scales = scales * q.global_scale
-    return Folded(values.astype(E4M3.storage), scales)
+    return Folded(values.astype(folded_format(spec).storage), scales)
 
 
 def unfold(f: Folded) -> Float32[Array, "rows c"]:
-    """`values * scales[:, None]` in float32: what `dequantize` gives, but for the sign of zero."""
-    return f.values.astype(jnp.float32) * f.scales[:, None]
+    """`values * scales` in float32: what `dequantize` gives, but for the sign of zero."""
+    return f.values.astype(jnp.float32) * (f.scales[:, None] if f.scales.ndim else f.scales)
 
 
-def largest_scales(q: QTensor) -> Float32[Array, " rows"]:
-    """The largest scale of the blocks of each row, `2**-126` at least, or the scale of the row.
+def folded_format(spec: QuantSpec) -> Format:
+    """The FP8 format of `Folded.values`."""
+    if spec.scale in POWER_OF_TWO_RULES or not _holds(E4M3, spec.format):
+        return E5M2
+    return E4M3
 
-    NaN where one is NaN. Of a foldable spec.
+
+def largest_scale(q: QTensor) -> Float32[Array, ""]:
+    """The largest scale of the finite blocks, `2**-126` at least; of power-of-two scales."""
+    codes = jnp.where(is_nan_scale(q.scales), 0, q.scales).astype(jnp.int32)
+    return power_of_two(jnp.clip(jnp.max(codes) - 127, -126, 127))
+
+
+def folded_scale(largest: Float32[Array, "*shape"], spec: QuantSpec) -> Float32[Array, "*shape"]:
+    """`Folded.scales`, the global scale aside, from the largest scale of the blocks.
+
+    That is `largest * 2**-13` for e2m1, but no less than `2**-108`: so that what counts as zero,
+    being no normal number, is zero too.
     """
-    if q.spec.scale not in POWER_OF_TWO_RULES:
-        return jnp.broadcast_to(q.scales.reshape(-1), q.shape[:1])
-    exponents = jnp.max(q.scales.astype(jnp.int32), axis=-1) - 127
-    largest = power_of_two(jnp.clip(exponents, -126, 127))
-    return jnp.where(jnp.any(is_nan_scale(q.scales), axis=-1), np.float32(np.nan), largest)
-
-
-def row_scales(largest: Float32[Array, " rows"], spec: QuantSpec) -> Float32[Array, " rows"]:
-    """`Folded.scales`, the global scale aside, from the largest scale of the blocks of each row.
-
-    With blocks `largest * 2**-6` for e2m1, but no less than `2**-126`, the smallest normal number;
-    a row of zeros has this scale. With one scale a row half of it for mid-rise, else the scale.
-    """
-    if spec.scale not in POWER_OF_TWO_RULES:
-        return largest * np.float32(1 / _unit(spec.format))
     shift = top_shift(spec.format)
-    # `maximum` hands on NaNs.
-    return jnp.maximum(largest, np.float32(2.0 ** (shift - 126))) * np.float32(2.0**-shift)
+    return jnp.maximum(largest * np.float32(2.0**-shift), np.float32(2.0**_LOWEST_SCALE))
 
 
 def top_shift(format: Format) -> int:
-    """The largest k for which every level times `2**k` is an e4m3 number; 6 for e2m1."""
-    return math.frexp(E4M3.max / max(format.max, -format.min))[1] - 1
+    """The largest k for which every level times `2**k` is an e5m2 number; 13 for e2m1."""
+    return math.frexp(E5M2.max / max(format.max, -format.min))[1] - 1
 
 
 def pack_mask(mask: Bool[Array, "rows c"]) -> UInt32[Array, "words rows"]:
@@ -168,19 +165,30 @@ def unpack_mask(words: UInt32[Array, "words rows"]) -> Bool[Array, "rows c"]:
     return bits.reshape(words.shape[1], -1).astype(bool)
 
 
+def _shifted(levels, scales, folded):
+    """Levels in blocks times their scales over `folded`, clipped to e5m2, NaN where these are."""
+    shifts = scales.astype(jnp.int32) - 127 - floor_log2(folded)
+    # 2**-100 stands for all that is too small: the values round to zero.
+    factors = power_of_two(jnp.clip(shifts, -100, 120))
+    values = levels.reshape(*scales.shape, -1) * factors[:, :, None]
+    values = jnp.clip(jnp.where(values == 0, 0, values), -E5M2.max, E5M2.max)  # -0 becomes 0
+    values = jnp.where(is_nan_scale(scales)[:, :, None], np.float32(np.nan), values)
+    return values.reshape(levels.shape)
+
+
 def _unit(format: Format) -> float:
-    """What levels are multiplied by to be e4m3 numbers."""
+    """What levels are multiplied by to be integers."""
     return 2.0 if format.kind == "midrise" else 1.0
 
 
-def _fits_e4m3(format: Format) -> bool:
+def _holds(fp8: Format, format: Format) -> bool:
     levels = format.grid * _unit(format)
     with np.errstate(over="ignore"):  # which gives NaN
-        return np.array_equal(levels.astype(E4M3.storage).astype(np.float64), levels)
+        return np.array_equal(levels.astype(fp8.storage).astype(np.float64), levels)
 
 
 def _spare_binades(format: Format) -> int:
-    """How many times the levels can be halved, from the top of e4m3 down, and still be in it."""
+    """How many times the levels can be halved, from the top of e5m2 down, and still be in it."""
     levels = format.grid[format.grid != 0]
-    steps = [math.frexp(math.gcd(*(int(x * 2**20) for x in np.abs(levels))) / 2**20)[1] - 1]
-    return top_shift(format) + steps[0] - _LOWEST_EXPONENT
+    step = math.gcd(*(int(x * 2**20) for x in np.abs(levels))) / 2**20
+    return top_shift(format) + math.frexp(step)[1] - 1 - _LOWEST_EXPONENT

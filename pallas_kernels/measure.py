@@ -1,49 +1,27 @@
-"""Programs timed in turn, beside baselines and beside what the device's data sheet allows."""
+"""Programs timed in turn, beside baselines and beside what the device's data sheet allows.
 
+All programs are compiled before the first one is timed: XLA runs kernels on the device to choose
+among them, and a new program takes the CUDA graphs of the older ones from the device.
+"""
+
+import concurrent.futures
 import dataclasses
 import functools
 import math
-import re
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
-from pallas_kernels.compat import hopper_obstacle
+from pallas_kernels.compat import cuda_capability, hopper_obstacle
+from pallas_kernels.measurement import Measurement, data_sheet, floor_s
 
-# Units that multiply, by what they read: the keys of FLOPs and of peaks.
-BF16, FP8 = "bf16", "fp8"
-# A call shorter than this, most of whose time the host needs to queue it, is bound by launches.
-_SHORT_CALL_S = 2e-3
-_HOST_BOUND_SHARE = 0.9
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSheet:
-    """What the maker promises of a device, dense products.
-
-    Attributes:
-      peak: FLOP/s by unit.
-      bandwidth: Of its memory, bytes/s.
-    """
-
-    peak: dict[str, float]
-    bandwidth: float
-
-
-# NVIDIA's data sheets of the H100 SXM and the H200 SXM, by the name that JAX reports. Names that
-# merely begin or end like these are of other cards: GH200, H200 NVL, slices of an H100.
-_DATA_SHEETS = {
-    "NVIDIA H100 80GB HBM3": DataSheet({BF16: 989e12, FP8: 1979e12}, 3.35e12),
-    "NVIDIA H200": DataSheet({BF16: 989e12, FP8: 1979e12}, 4.8e12),
-}
-
-
-def data_sheet(device_kind: str) -> DataSheet | None:
-    """The data sheet of a device; None where it is not known."""
-    return _DATA_SHEETS.get(device_kind)
+_PATIENCE_S = 30  # between lines that say what is still compiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +47,30 @@ class Program:
     memory_bytes: int | None = None
 
 
+class Build(NamedTuple):
+    """A program on its way: lowered, and how to go on when it is compiled.
+
+    Attributes:
+      lowered: Its `compile()` is called in a thread; None if there is nothing to compile.
+      bind: Makes a program of what was compiled and of the inputs; may run it.
+    """
+
+    lowered: Any
+    bind: Callable[[Any, Any], Program]
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One way to do a piece of work.
 
     Attributes:
       name: Of the way.
-      build: Compiles it for the inputs of its `Comparison`.
+      build: Lowers it for inputs of these shapes (`jax.ShapeDtypeStruct`s); runs nothing.
       obstacle: Why it cannot run on this machine, or None.
     """
 
     name: str
-    build: Callable[[Any], Program]
+    build: Callable[[Any], Build]
     obstacle: Callable[[], str | None] = lambda: None
 
 
@@ -91,120 +81,20 @@ class Comparison:
     Attributes:
       group: What it belongs to, for selection.
       work: What is done.
-      inputs: Makes what the builders get, once.
+      inputs: Makes of a key what the cases share, a pytree of arrays; compiled as one function.
       cases: The ways.
       baselines: Names of cases with which all are compared.
       calls: Queued back to back in one measurement, so that launches hide behind the device's work.
+      is_profiled: Whether the time of the kernels alone is wanted too, as where launches show.
     """
 
     group: str
     work: str
-    inputs: Callable[[], Any]
+    inputs: Callable[[PRNGKeyArray], Any]
     cases: tuple[Case, ...]
     baselines: tuple[str, ...] = ()
     calls: int = 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One case, measured or not; plain data.
-
-    Attributes:
-      group: Of the comparison.
-      work: Likewise.
-      name: Of the case.
-      device: Its kind.
-      jax_version: Of JAX.
-      status: Whether there are numbers.
-      note: The path taken, or why there are no numbers.
-      median_s: Seconds for a unit of work, over the repeats; each is the mean of queued calls.
-      min_s: Their minimum.
-      max_s: Their maximum.
-      repeats: How many.
-      host_share: Of that time, what the host needed to queue the calls, median.
-      flops: See `Program`, as all that follow but the last two.
-      bytes: Likewise.
-      tokens: Likewise.
-      memory_bytes: Likewise.
-      floor_s: The least that the data sheet allows; None where the device is not known.
-      ratios: Time of each baseline over the time of this case, median over the repeats, both of
-        the same repeat: 2 is twice as fast.
-    """
-
-    group: str
-    work: str
-    name: str
-    device: str
-    jax_version: str
-    status: Literal["measured", "skipped", "failed"]
-    note: str = ""
-    median_s: float | None = None
-    min_s: float | None = None
-    max_s: float | None = None
-    repeats: int = 0
-    host_share: float | None = None
-    flops: dict[str, float] = dataclasses.field(default_factory=dict)
-    bytes: int = 0
-    tokens: int | None = None
-    memory_bytes: int | None = None
-    floor_s: float | None = None
-    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def flops_per_s(self) -> float | None:
-        """All operations over the median; None where there are none."""
-        total = sum(self.flops.values())
-        return total / self.median_s if total and self.median_s else None
-
-    @property
-    def share_of_floor(self) -> float | None:
-        """`floor_s / median_s`: 1 is as fast as the data sheet allows."""
-        return self.floor_s / self.median_s if self.floor_s and self.median_s else None
-
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOP utilization: all operations over the bfloat16 peak, whatever the unit."""
-        sheet = data_sheet(self.device)
-        rate = self.flops_per_s
-        return rate / sheet.peak[BF16] if sheet and rate else None
-
-    @property
-    def is_host_bound(self) -> bool:
-        """Whether launching the calls took about as long as running them; never on a CPU."""
-        if self.median_s is None or self.host_share is None or self.device == "cpu":
-            return False
-        return self.median_s < _SHORT_CALL_S and self.host_share > _HOST_BOUND_SHARE
-
-    def __str__(self) -> str:
-        name = f"{self.work}: {self.name}"
-        if self.median_s is None or self.min_s is None or self.max_s is None:
-            return f"{name:60} {self.status}: {self.note}"
-        times = f"{show_time(self.median_s)} ({show_time(self.min_s)} to {show_time(self.max_s)})"
-        parts = [f"{name:60} {times:34}"]
-        if self.flops_per_s:
-            parts.append(f"{show_rate(self.flops_per_s)} TFLOP/s")
-        if self.share_of_floor:
-            parts.append(f"{self.share_of_floor:4.0%} of floor")
-        parts += [f"{ratio:.2f} x {baseline}" for baseline, ratio in self.ratios.items()]
-        return "  ".join(parts)
-
-
-def show_time(seconds: float) -> str:
-    """Four digits, in milliseconds from 1 on, in microseconds below."""
-    return f"{1e3 * seconds:.4g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.4g} us"
-
-
-def show_rate(flops_per_s: float) -> str:
-    """TFLOP/s, three digits or whole numbers."""
-    rate = flops_per_s / 1e12
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def floor_s(flops: dict[str, float], bytes: int, sheet: DataSheet | None) -> float | None:
-    """`max(sum over units of FLOPs / peak, bytes / bandwidth)`: the units share one tensor core."""
-    if sheet is None:
-        return None
-    return max(sum(n / sheet.peak[unit] for unit, n in flops.items()), bytes / sheet.bandwidth)
+    is_profiled: bool = False
 
 
 def tree_bytes(tree: Any) -> int:
@@ -212,25 +102,53 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def jitted(fn: Callable[..., Any], args: tuple[Any, ...], **fields: Any) -> Program:
-    """`jax.jit(fn)(*args)` as a program, compiled; its bytes are those of `args` and results.
+def jitted(
+    fn: Callable[..., Any],
+    pick: Callable[[Any], tuple[Any, ...]] = lambda inputs: inputs,
+    **fields: Any,
+) -> Callable[[Any], Build]:
+    """A builder of `jax.jit(fn)(*pick(inputs))`; its bytes are those of arguments and results.
+
+    Each call writes its results over those of the call before, as a program does that keeps its
+    state: XLA records launches as a CUDA graph, and must do so again where an address changes.
 
     Args:
       fn: Any function of arrays, each of which it reads.
-      args: Its arguments.
-      **fields: Of the program, `flops` for example.
+      pick: Its arguments among the inputs, or their shapes among the shapes.
+      **fields: Of the program, `flops` for example, or functions of the shapes of the arguments
+        that give them.
     """
-    fn = jax.jit(fn)
-    fields.setdefault("bytes", tree_bytes((args, jax.eval_shape(fn, *args))))
-    jax.block_until_ready(fn(*args))
-    return Program(call=lambda: fn(*args), **{"flops": {}, **fields})
+
+    def build(shapes: Any) -> Build:
+        args = pick(shapes)
+        results = jax.eval_shape(fn, *args)
+        known: dict[str, Any] = {"flops": {}, "bytes": tree_bytes((args, results)), **fields}
+        known = {key: f(args) if callable(f) else f for key, f in known.items()}
+
+        def run(results, *args):
+            del results
+            return fn(*args)
+
+        lowered = jax.jit(run, donate_argnums=0, keep_unused=True).lower(results, *args)
+
+        def bind(compiled, inputs) -> Program:
+            args = pick(inputs)
+            held = [jax.tree.map(lambda s: jnp.empty(s.shape, s.dtype), results)]
+
+            def call():
+                held.append(compiled(held.pop(), *args))
+                return held[0]
+
+            return Program(call=call, **known)
+
+        return Build(lowered, bind)
+
+    return build
 
 
 def kernel_obstacle() -> str | None:
     """Why kernels for Hopper cannot run on this process's first device, or None."""
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    match = re.fullmatch(r"(\d+)\.(\d+)", capability)  # not so where it is no GPU of NVIDIA's
-    return hopper_obstacle((int(match[1]), int(match[2])) if match else None)
+    return hopper_obstacle(cuda_capability())
 
 
 def time_in_turn(
@@ -261,68 +179,166 @@ def time_in_turn(
     return times, host
 
 
-def measure(
-    comparison: Comparison,
+def measure(comparison: Comparison, **options: Any) -> list[Measurement]:
+    """`measure_all` of one comparison."""
+    (rows,) = measure_all([comparison], **options)
+    return rows
+
+
+def measure_all(
+    comparisons: Sequence[Comparison],
     *,
     repeats: int = 20,
     warmups: int = 3,
     say: Callable[[str], None] = lambda text: None,
-) -> list[Measurement]:
-    """Compiles the cases one after the other, then times those that run, in turn.
+    device_seconds: Callable[[Callable[[], Any]], float | None] = lambda call: None,
+) -> Iterator[list[Measurement]]:
+    """Compiles the cases of all comparisons, then times each comparison's cases in turn.
 
     A case that cannot run here is skipped, one that raises has failed; the others go on.
 
     Args:
-      comparison: What to measure.
+      comparisons: What to measure.
       repeats: Measurements of each case.
       warmups: Calls of each case before.
-      say: Gets a line of progress now and then.
+      say: Gets a line of progress now and then, from any thread.
+      device_seconds: Seconds that the kernels of a call run, by a profiler, or None.
 
-    Returns:
-      A row for each case, in their order.
+    Yields:
+      For each comparison a row for each case, in their order.
     """
-    device = jax.devices()[0].device_kind
+    plans = [_Plan(comparison) for comparison in comparisons]
+    _compile(plans, say)
+    for plan in plans:
+        yield _time(plan, repeats, warmups, say, device_seconds)
+
+
+class _Plan:
+    """A comparison on its way: what is compiled of it, and which cases have dropped out."""
+
+    def __init__(self, comparison: Comparison):
+        self.comparison = comparison
+        self.make_inputs: concurrent.futures.Future | None = None
+        self.cases: dict[str, tuple[Build, concurrent.futures.Future]] = {}
+        self.reasons: dict[str, tuple[Literal["skipped", "failed"], str]] = {}
+
+    def drop(self, name: str, status: Literal["skipped", "failed"], reason: str, say) -> None:
+        self.cases.pop(name, None)
+        self.reasons[name] = status, reason
+        say(f"{self.comparison.work}: {name} {status}: {reason}")
+
+
+def _compile(plans: list[_Plan], say) -> None:
+    """Lowers on this thread, as Python must, while others compile what has been lowered.
+
+    Baselines are compiled alone and first: XLA times candidates for them on the device, which other
+    work on the host would disturb. The others in reverse: what takes long comes last in a
+    comparison, and should be under way early.
+    """
+    start = time.perf_counter()
+    names: dict[concurrent.futures.Future, str] = {}
+    todo: list[tuple[_Plan, Case, Any]] = []
+    others: list[tuple[_Plan, str, Any]] = []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def submit(name, lowered):
+            def run():
+                began = time.perf_counter()
+                compiled = None if lowered is None else lowered.compile()
+                say(f"{name} compiled in {time.perf_counter() - began:.1f} s")
+                return compiled
+
+            future = pool.submit(run)
+            names[future] = name
+            return future
+
+        for plan in reversed(plans):
+            comparison, key = plan.comparison, jax.random.key(0)
+            obstacles = {case.name: case.obstacle() for case in comparison.cases}
+            for name, obstacle in obstacles.items():
+                if obstacle is not None:
+                    plan.drop(name, "skipped", obstacle, say)
+            runnable = [case for case in comparison.cases if obstacles[case.name] is None]
+            if not runnable:
+                continue
+            make = jax.jit(comparison.inputs)
+            try:
+                shapes = jax.eval_shape(make, key)
+                make_lowered = make.lower(key)
+            except Exception as error:
+                for case in runnable:
+                    plan.drop(case.name, "failed", _first_lines(error), say)
+                continue
+            todo += [(plan, case, shapes) for case in reversed(runnable)]
+            others.append((plan, f"{comparison.work}: inputs", make_lowered))
+        todo.sort(key=lambda item: item[1].name not in item[0].comparison.baselines)
+        for plan, case, shapes in todo:
+            began = time.perf_counter()
+            try:
+                build = case.build(shapes)
+            except Exception as error:  # whatever it is, the other cases are wanted
+                plan.drop(case.name, "failed", _first_lines(error), say)
+                continue
+            name = f"{plan.comparison.work}: {case.name}"
+            say(f"{name} lowered in {time.perf_counter() - began:.1f} s")
+            future = submit(name, build.lowered)
+            plan.cases[case.name] = build, future
+            if case.name in plan.comparison.baselines:
+                concurrent.futures.wait([future])
+        for plan, name, lowered in others:
+            plan.make_inputs = submit(name, lowered)
+        pending = set(names)
+        while pending:
+            _, pending = concurrent.futures.wait(pending, _PATIENCE_S)
+            if pending:
+                say(f"still compiling: {'; '.join(sorted(names[future] for future in pending))}")
+    say(f"all compiled in {time.perf_counter() - start:.1f} s")
+
+
+def _time(plan: _Plan, repeats: int, warmups: int, say, device_seconds) -> list[Measurement]:
+    comparison = plan.comparison
     programs: dict[str, Program] = {}
-    reasons: dict[str, tuple[Literal["skipped", "failed"], str]] = {}
-    for case in comparison.cases:
-        obstacle = case.obstacle()
-        if obstacle is not None:
-            reasons[case.name] = ("skipped", obstacle)
-            say(f"{comparison.work}: {case.name} skipped: {obstacle}")
-    runnable = [case for case in comparison.cases if case.name not in reasons]
+    inputs = None
     try:
-        inputs = comparison.inputs() if runnable else None
+        if plan.make_inputs is not None:
+            inputs = jax.block_until_ready(plan.make_inputs.result()(jax.random.key(0)))
     except Exception as error:
-        reasons.update({case.name: ("failed", _first_lines(error)) for case in runnable})
-        say(f"{comparison.work}: inputs failed: {_first_lines(error)}")
-        runnable = []
-    for case in runnable:
-        start = time.perf_counter()
+        for name in tuple(plan.cases):
+            plan.drop(name, "failed", _first_lines(error), say)
+    for case in comparison.cases:
+        if case.name not in plan.cases:
+            continue
+        build, compiled = plan.cases[case.name]
         try:
-            program = case.build(inputs)
+            program = build.bind(compiled.result(), inputs)
             for _ in range(warmups):
                 jax.block_until_ready(program.call())
-        except Exception as error:  # whatever it is, the other cases are wanted
-            reasons[case.name] = ("failed", _first_lines(error))
-            say(f"{comparison.work}: {case.name} failed: {_first_lines(error)}")
+        except Exception as error:
+            plan.drop(case.name, "failed", _first_lines(error), say)
             continue
         programs[case.name] = program
-        say(f"{comparison.work}: {case.name} ready in {time.perf_counter() - start:.1f} s")
+    device: dict[str, float] = {}
     try:
         times, host = time_in_turn(programs, repeats=repeats, calls=comparison.calls)
+        if comparison.is_profiled:
+            found = {name: device_seconds(program.call) for name, program in programs.items()}
+            device = {n: s / programs[n].units for n, s in found.items() if s is not None}
     except Exception as error:  # an asynchronous error says not whose it was
-        reasons.update({name: ("failed", _first_lines(error)) for name in programs})
+        for name in programs:
+            plan.drop(name, "failed", _first_lines(error), say)
         times, host = {}, {}
     rows = []
+    kind = jax.devices()[0].device_kind
     for case in comparison.cases:
         row = Measurement(
-            comparison.group, comparison.work, case.name, device, jax.__version__, "measured"
+            comparison.group, comparison.work, case.name, kind, jax.__version__, "measured"
         )
-        if case.name in reasons:
-            status, note = reasons[case.name]
+        if case.name in plan.reasons:
+            status, note = plan.reasons[case.name]
             row = dataclasses.replace(row, status=status, note=note)
         else:
-            row = _filled(row, programs[case.name], times, host, comparison.baselines)
+            program = programs[case.name]
+            row = _filled(row, program, times, host, device, comparison.baselines)
         rows.append(row)
     return rows
 
@@ -332,24 +348,31 @@ def print_comparisons(
 ) -> int:
     """Measures and prints the cases whose "work: name" contains `pattern`; 1 if one failed."""
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    has_failed = False
+    chosen = []
     for comparison in comparisons:
         cases = tuple(c for c in comparison.cases if pattern in f"{comparison.work}: {c.name}")
-        if not cases:
-            continue
-        comparison = dataclasses.replace(comparison, cases=cases)
-        for row in measure(comparison, repeats=repeats, say=functools.partial(print, flush=True)):
+        if cases:
+            chosen.append(dataclasses.replace(comparison, cases=cases))
+    has_failed = False
+    say = functools.partial(print, flush=True)
+    for rows in measure_all(chosen, repeats=repeats, say=say):
+        for row in rows:
             has_failed |= row.status == "failed"
             print(row, flush=True)
     return int(has_failed)
 
 
-def _filled(row, program, times, host, baselines) -> Measurement:
-    seconds = times[row.name]
+def _filled(row, program, times, host, device, baselines) -> Measurement:
+    seconds, device_s = times[row.name], device.get(row.name)
     ratios = {
         baseline: statistics.median(b / s for b, s in zip(times[baseline], seconds, strict=True))
         for baseline in baselines
         if baseline in times and baseline != row.name
+    }
+    device_ratios = {
+        baseline: device[baseline] / device_s
+        for baseline in baselines
+        if baseline in device and baseline != row.name and device_s
     }
     return dataclasses.replace(
         row,
@@ -365,6 +388,8 @@ def _filled(row, program, times, host, baselines) -> Measurement:
         memory_bytes=program.memory_bytes,
         floor_s=floor_s(program.flops, program.bytes, data_sheet(row.device)),
         ratios=ratios,
+        device_s=device_s,
+        device_ratios=device_ratios,
     )
 
 

@@ -5,15 +5,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import jax
 import tyro
 from rich.console import Console
 
+from lowbit_jax.analysis.kernel_times import kernel_times
 from lowbit_jax.bench.groups import GROUPS, select
 from lowbit_jax.bench.report import FILE, load_rows, markdown, plot_roofline, save_rows, table
-from pallas_kernels.measure import Measurement, measure
+from pallas_kernels.measure import measure_all
+from pallas_kernels.measurement import Measurement
 
 _MODULE = "lowbit_jax.bench.command"  # this file, also where it is the main program
 _WIDTH = 180  # of the table where the output is no terminal
@@ -77,13 +80,28 @@ def _measure_group(
 
     say(f"{group} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     rows = []
-    for comparison in GROUPS[group](tiny):
-        for row in measure(comparison, repeats=repeats, say=say):
-            rows.append(row)
+    comparisons = GROUPS[group](tiny)
+    options: dict[str, Any] = {"repeats": repeats, "say": say, "device_seconds": device_seconds}
+    for measured in measure_all(comparisons, **options):
+        rows += measured
+        for row in measured:
             say(str(row))
         if out is not None:
             _merge(out, group, rows)
     return rows
+
+
+def device_seconds(call: Callable[[], Any], calls: int = 10) -> float | None:
+    """Seconds that a call's kernels run on the GPU, by the profiler; None where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                out = call()
+            jax.block_until_ready(out)
+        rows = kernel_times(folder)
+    return sum(row.total_us for row in rows) * 1e-6 / calls
 
 
 def _measure_apart(

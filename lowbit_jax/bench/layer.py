@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from lowbit_jax.ops import Explanation, explain, get_recipe, quantized_dot
-from pallas_kernels.measure import BF16, FP8, Case, Comparison, Program, jitted
+from pallas_kernels.measure import Build, Case, Comparison, jitted
+from pallas_kernels.measurement import BF16, FP8
 
 BASELINES = ("bf16", "fp8_tensorwise")
 RECIPES = (*BASELINES, "quartet", "quartet_rtn", "quest_w4a4")
@@ -69,17 +71,16 @@ def describe_paths(explanation: Explanation) -> str:
     return "; ".join(f"{', '.join(names)}: {path}" for path, names in products.items())
 
 
-def _inputs(tokens: int, n: int, k: int) -> tuple[Any, ...]:
-    keys = jax.random.split(jax.random.key(0), 3)
+def _inputs(tokens: int, n: int, k: int, key: PRNGKeyArray) -> tuple[Any, ...]:
+    keys = jax.random.split(key, 4)
     x = jax.random.normal(keys[0], (tokens, k), jnp.bfloat16)
     w = 0.02 * jax.random.normal(keys[1], (n, k))
     g = jax.random.normal(keys[2], (tokens, n), jnp.bfloat16)
-    return x, w, g, jax.random.key(1)
+    return x, w, g, keys[3]
 
 
-def _build(recipe: str, flops: float, inputs: tuple[Any, ...]) -> Program:
+def _build(recipe: str, flops: float, shapes: tuple[Any, ...]) -> Build:
     fn = jax.jit(train_layer(recipe))
-    explanation = explain(fn, *inputs)
-    return jitted(
-        fn, inputs, flops=split_flops(flops, explanation), note=describe_paths(explanation)
-    )
+    explanation = explain(fn, *shapes)
+    fields = {"flops": split_flops(flops, explanation), "note": describe_paths(explanation)}
+    return jitted(fn, **fields)(shapes)

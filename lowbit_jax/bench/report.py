@@ -9,7 +9,7 @@ import rich.box
 from rich.table import Table
 
 from lowbit_jax.train.checkpoint import write_atomically
-from pallas_kernels.measure import Measurement, data_sheet, show_rate, show_time
+from pallas_kernels.measurement import Measurement, data_sheet, show_rate, show_time
 
 FILE = "bench.json"
 _HEADER = ("work", "time", "min to max", "TFLOP/s", "of floor", "speed", "notes")
@@ -47,6 +47,8 @@ def cells(row: Measurement) -> tuple[str, ...]:
             notes.insert(1, f"MFU {row.mfu:.1%}")
     if row.memory_bytes:
         notes.insert(-1, f"{row.memory_bytes / 2**30:.1f} GiB")
+    if row.device_note:
+        notes.append(row.device_note)
     if row.is_host_bound:
         notes.append(f"launches take {row.host_share:.0%} of the time")
     return (

@@ -6,33 +6,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray
 
 from lowbit_jax.bench.layer import BASELINES, describe_paths, split_flops
 from lowbit_jax.models import Llama, LlamaConfig, flops_per_token
 from lowbit_jax.ops import explain
 from lowbit_jax.optim import one_cycle_cosine
-from lowbit_jax.train import StepPlan, create_state, loss_function, make_train_step
+from lowbit_jax.train import StepPlan, TrainState, create_state, loss_function, make_train_step
 from lowbit_jax.train.setups import parse_rules, training_setup
-from pallas_kernels.measure import Case, Comparison, Program, tree_bytes
+from pallas_kernels.measure import Build, Case, Comparison, Program, tree_bytes
 
 RECIPES = (*BASELINES, "quartet")
 _STEPS = 1000  # of the learning rate's schedule
-
-
-@dataclasses.dataclass
-class Training:
-    """One state that all recipes train in turn: three would not fit beside each other.
-
-    Attributes:
-      model: Shape of the model, without recipes.
-      batch: Random inputs and targets, each `(b, t)` int32.
-      state: Handed from step to step, its memory reused; None: to be drawn.
-    """
-
-    model: LlamaConfig
-    batch: tuple[Any, Any]
-    state: Any = None
 
 
 def comparison(
@@ -57,65 +43,80 @@ def comparison(
       seq_len: Tokens of each.
       recipes: Names in `lowbit_jax.ops.recipes`.
     """
-    cases = tuple(Case(name, functools.partial(_build, name)) for name in recipes)
     make = functools.partial(_inputs, model, batch_size, seq_len)
+    cases = tuple(Case(name, functools.partial(_build, name, model, make)) for name in recipes)
     # A step is thousands of launches: three hide those of the first.
     return Comparison(group, work, make, cases, BASELINES, calls=3)
 
 
-def _inputs(model: LlamaConfig, batch_size: int, seq_len: int) -> Training:
-    shape = (batch_size, seq_len + 1)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape, dtype=np.int32)
-    return Training(model, jax.device_put((tokens[:, :-1], tokens[:, 1:])))
-
-
-def _build(recipe: str, training: Training) -> Program:
-    rules = parse_rules(recipe)
-    model = Llama(dataclasses.replace(training.model, recipe_rules=rules))
+def _optimizer() -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW, the same for every recipe, so that they share a state; and its learning rate."""
     rate = one_cycle_cosine(1e-4, _STEPS)
-    # AdamW, the same for every recipe, so that they share a state.
-    optimizer = training_setup(learning_rate=rate, steps=_STEPS, recipe="bf16").optimizer
+    return training_setup(learning_rate=rate, steps=_STEPS, recipe="bf16").optimizer, rate
+
+
+def _inputs(
+    config: LlamaConfig, batch_size: int, seq_len: int, key: PRNGKeyArray
+) -> dict[str, Any]:
+    """Random tokens, and one state that all recipes train in turn: three would not fit."""
+    key, tokens_key = jax.random.split(key)
+    shape = (batch_size, seq_len + 1)
+    tokens = jax.random.randint(tokens_key, shape, 0, config.vocab_size)
+    batch = tokens[:, :-1], tokens[:, 1:]
+    params = nn.meta.unbox(Llama(config).init(key, batch[0][:1])["params"])
+    return {"batch": batch, "state": create_state(params, _optimizer()[0])}
+
+
+def _build(recipe: str, config: LlamaConfig, make, shapes: dict[str, Any]) -> Build:
+    rules = parse_rules(recipe)
+    model = Llama(dataclasses.replace(config, recipe_rules=rules))
+    optimizer, rate = _optimizer()
     plan = StepPlan(needs_key=any(r.needs_key for _, r in rules))
     step = make_train_step(loss_function(model), optimizer, plan, learning_rate=rate)
-
-    @jax.jit
-    def create(key):
-        params = nn.meta.unbox(model.init(key, training.batch[0][:1])["params"])
-        return create_state(params, optimizer)
-
-    if training.state is None:
-        training.state = create(jax.random.key(0))
-    explanation = explain(step, training.state, training.batch)
-    compiled = step.lower(training.state, training.batch).compile()
-    before = _device_peak_bytes()
-
-    def call():
-        state, training.state = training.state, None  # gone, if the step fails
-        training.state, metrics = compiled(state, training.batch)
-        return metrics.loss
-
-    jax.block_until_ready(call())
-    after = _device_peak_bytes()
-    used = compiled.memory_analysis()
-    memory_bytes, source = after, "memory measured"
-    if after is None or before is None or after <= before:
-        source = "memory by the compiler"
-        memory_bytes = (
-            used.argument_size_in_bytes
-            + used.output_size_in_bytes
-            - used.alias_size_in_bytes
-            + used.temp_size_in_bytes
-        )
-    batch_size, seq_len = training.batch[0].shape
+    explanation = explain(step, shapes["state"], shapes["batch"])
+    batch_size, seq_len = shapes["batch"][0].shape
     tokens = batch_size * seq_len
-    total = float(flops_per_token(training.model, seq_len) * tokens)
-    return Program(
-        call=call,
-        flops=split_flops(total, explanation),
-        bytes=2 * tree_bytes(training.state) + tree_bytes(training.batch),
-        note=f"{describe_paths(explanation)}; {source}",
-        tokens=tokens,
-        memory_bytes=memory_bytes,
+    total = float(flops_per_token(config, seq_len) * tokens)
+
+    def bind(compiled, inputs: dict[str, Any]) -> Program:
+        if "state" not in inputs:  # a step that failed has taken it along
+            inputs["state"] = jax.jit(make)(jax.random.key(0))["state"]
+        before = _device_peak_bytes()
+
+        def call():
+            state: TrainState = inputs.pop("state")
+            inputs["state"], metrics = compiled(state, inputs["batch"])
+            return metrics.loss
+
+        try:
+            jax.block_until_ready(call())
+        except Exception:
+            inputs.pop("state", None)  # what a step that failed has left
+            raise
+        after = _device_peak_bytes()
+        memory_bytes, source = after, "memory measured"
+        if after is None or before is None or after <= before:
+            memory_bytes, source = _allotted_bytes(compiled), "memory by the compiler"
+        return Program(
+            call=call,
+            flops=split_flops(total, explanation),
+            bytes=2 * tree_bytes(shapes["state"]) + tree_bytes(shapes["batch"]),
+            note=f"{describe_paths(explanation)}; {source}",
+            tokens=tokens,
+            memory_bytes=memory_bytes,
+        )
+
+    return Build(step.lower(shapes["state"], shapes["batch"]), bind)
+
+
+def _allotted_bytes(compiled: jax.stages.Compiled) -> int:
+    used = compiled.memory_analysis()
+    assert used is not None
+    return (
+        used.argument_size_in_bytes
+        + used.output_size_in_bytes
+        - used.alias_size_in_bytes
+        + used.temp_size_in_bytes
     )
 
 

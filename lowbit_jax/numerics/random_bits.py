@@ -23,6 +23,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Shaped, UInt32
 
+MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)  # of `mix`
+
 Key = Shaped[Array, "..."]  # one key, typed or raw; other shapes raise an error of ours
 
 
@@ -80,6 +82,6 @@ def mix(h: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
     The multiplicative hash of two rounds that Chris Wellons' Hash Prospector (public domain) found.
     """
-    h = (h ^ (h >> 16)) * np.uint32(0x21F0AAAD)
-    h = (h ^ (h >> 15)) * np.uint32(0xD35A2D97)
+    h = (h ^ (h >> 16)) * np.uint32(MULTIPLIERS[0])
+    h = (h ^ (h >> 15)) * np.uint32(MULTIPLIERS[1])
     return h ^ (h >> 15)

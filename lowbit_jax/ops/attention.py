@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lowbit_jax.ops.dispatch import cuda_capability
+from pallas_kernels.compat import cuda_capability
 
 AttentionImplementation = Literal["cudnn", "xla"]
 

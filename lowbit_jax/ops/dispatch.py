@@ -1,14 +1,10 @@
 """Which implementation computes a product, and why.
 
-An implementation is a row of `_PATHS`. All compute the same function of the same operands, up to
-the order in which float32 sums are taken, to the accumulators of float8 tensor cores, see
-`quantized_dot`, and to what `scaled_matmul` says of its epilogue.
+An implementation is a row of `_PATHS`, from `products`.
 """
 
 import dataclasses
-import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,35 +13,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from lowbit_jax.numerics import E4M3, E5M2, QuantSpec
+from lowbit_jax.numerics import E4M3, E5M2, QTensor, QuantSpec
+from lowbit_jax.ops import blackwell, products
 from lowbit_jax.ops.dot_recipe import Product
+from lowbit_jax.ops.products import Operand
 from lowbit_jax.rotations import Hadamard, Rotation
 from pallas_kernels import compat, rotate_quantize
+from pallas_kernels.compat import cuda_capability
 from pallas_kernels.folded import WORD, foldable
 from pallas_kernels.rotate_quantize import Target
-from pallas_kernels.scaled_matmul import scaled_matmul
 
 SCOPE = "lowbit"  # first word of the name of the scope round each product; `explain` looks for it
 _SEPARATOR = "|"
 
 _TILE = 64  # what kernels pad to, at the least
 _MOST_PADDING = 0.1
-# Entries of a product, for an H100: at 256 x 512 XLA splits the sums, from 2048 x 1024 on not, with
-# sums over 1024 to 65536.
-_FEWEST_UNSPLIT = 2**21
-# Names of `jax_default_matmul_precision` for the least precise products.
-_FAST_PRECISIONS = (None, "default", "fastest", "bfloat16")
-
-
-class Operand(NamedTuple):
-    """One operand of a product `a b^T`, stored with its contraction axis last.
-
-    The array is `values * scale`. Scales wait for the product's float32 result, so that the
-    values, which have few bits, are not rounded once more.
-    """
-
-    values: Float[Array, "rows c"]  # in the compute dtype, or float8 codes
-    scale: Float[Array, ""] | Float[Array, "rows"] | None  # float32; None: 1
 
 
 class Plan(NamedTuple):
@@ -58,13 +40,6 @@ class Plan(NamedTuple):
 def has_float8_codes(spec: QuantSpec | None) -> bool:
     """Whether operands of this format are kept as float8 codes and one float32 scale."""
     return spec is not None and spec.format in (E4M3, E5M2) and spec.block_size == "tensor"
-
-
-def cuda_capability() -> tuple[int, int] | None:
-    """Compute capability of the first device; None if it is no CUDA GPU."""
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    match = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    return (int(match[1]), int(match[2])) if match else None
 
 
 def choose(
@@ -140,7 +115,8 @@ def quantizer_obstacle(
 ) -> str | None:
     """Why `rotate_quantize` is not to make operands for the path "fp8", or None if it is.
 
-    What XLA makes in its place has the same bits, but takes a pass for each layout.
+    What XLA makes in its place has the same bits, but takes a pass for each layout; and of an array
+    with a NaN or an infinity it makes NaNs alone, where the kernel spoils some rows and columns.
 
     Args:
       spec: Format of the operand.
@@ -173,14 +149,14 @@ def describe(spec: QuantSpec | None) -> str:
 def run(
     product: Product,
     plan: Plan,
-    a: Operand,
-    b: Operand,
+    a: Operand | QTensor,
+    b: Operand | QTensor,
     specs: tuple[QuantSpec | None, QuantSpec | None],
     compute_dtype: DTypeLike,
     out_dtype: DTypeLike,
     **epilogue,
 ) -> Float[Array, "p q"]:
-    """`(a.values a.scale) (b.values b.scale)^T`: sums in float32, then rounded to `out_dtype`.
+    """`a b^T`: sums in float32, then rounded to `out_dtype`. The path "blackwell" takes `QTensor`s.
 
     Runs under a `jax.named_scope` that carries what `explain` reports. The path "hopper" takes
     `mask` and `inverse_hadamard` for `epilogue`, see `scaled_matmul`.
@@ -245,7 +221,7 @@ def _float8_formats(a: QuantSpec | None, b: QuantSpec | None, *_) -> str | None:
     if a is None or b is None or not (has_float8_codes(a) and has_float8_codes(b)):
         return "both operands must be e4m3 or e5m2 with one scale a tensor"
     if a.format == b.format == E5M2:
-        return "tensor cores multiply e5m2 by e4m3 only"
+        return "cuBLAS multiplies e5m2 by e4m3 only"
     return None
 
 
@@ -304,83 +280,14 @@ def _no_float8_unit(capability: tuple[int, int] | None) -> str | None:
     return None
 
 
-def _run_dequantize(a: Operand, b: Operand, compute_dtype, out_dtype):
-    """The reference: operands in the compute dtype, float8 codes among them, which is exact."""
-    a_values, b_values = a.values.astype(compute_dtype), b.values.astype(compute_dtype)
-    return _multiply(a, b, a_values, b_values, compute_dtype, out_dtype)
+def _blackwell_formats(*formats_rotation_and_kept) -> str | None:
+    *facts, _ = formats_rotation_and_kept  # what undoes a rotation does not concern it
+    return blackwell.formats_obstacle(*facts)
 
 
-def _run_hopper(a: Operand, b: Operand, compute_dtype, out_dtype, **epilogue):
-    """Our kernel: e4m3 operands with one scale a row, exact for 4-bit formats."""
-    del compute_dtype
-    return scaled_matmul(
-        a.values, b.values, a.scale, b.scale,
-        out_dtype=out_dtype, interpret=compat.is_interpreting(), **epilogue,
-    )  # fmt: skip
-
-
-def _run_float8(a: Operand, b: Operand, compute_dtype, out_dtype):
-    """XLA's float8 product: cuBLASLt on GPUs that have it. Both operands are contraction-last."""
-    has_unit = _no_float8_unit(cuda_capability()) is None
-    # XLA makes a sum of products of one row, for which it knows no algorithm.
-    is_matrix = min(len(a.values), len(b.values)) > 1
-    is_covered = is_matrix and out_dtype in (jnp.bfloat16, jnp.float32)
-    if has_unit and is_covered and not _may_be_partitioned():
-        assert a.scale is not None  # as float8 codes have
-        assert b.scale is not None
-        presets = jax.lax.DotAlgorithmPreset
-        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] (not declared by JAX 0.10)
-        is_fast = precision in _FAST_PRECISIONS
-        algorithm = presets.ANY_F8_ANY_F8_F32_FAST_ACCUM if is_fast else presets.ANY_F8_ANY_F8_F32
-        return _cublas_product(a.values, b.values, a.scale * b.scale, algorithm, out_dtype)
-    # Operands are multiplied as the codes they are.
-    return _multiply(a, b, a.values, b.values, compute_dtype, out_dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
-def _cublas_product(a, b, scale, algorithm, out_dtype):
-    """`(a b^T) scale` in one call of cuBLASLt, which scales its float32 sums and rounds them once.
-
-    It is written so that XLA recognizes it. The algorithm keeps the product from XLA's own
-    generator of kernels, which would leave scale and rounding to a pass over a float32 result. The
-    multiplication looks as if it rounded twice, and the scale before; but one by a scalar, in the
-    dtype of the product, becomes part of the call, and the float32 scalar is what the call gets,
-    unless the XLA option `xla_allow_excess_precision` is off. So it is compiled as one, even where
-    nothing else is, and `vmap` makes a loop of it: a scale for each product is no scalar. The sums
-    of a small result XLA splits, and multiplies what it adds up: in float32 then, which is little.
-    """
-    is_split = len(a) * len(b) < _FEWEST_UNSPLIT
-    sum_dtype = jnp.dtype(jnp.float32) if is_split else out_dtype
-
-    @jax.custom_batching.sequential_vmap
-    def product(a, b, scale):
-        y = jax.lax.dot_general(
-            a, b, (((1,), (1,)), ((), ())), precision=algorithm, preferred_element_type=sum_dtype
-        )
-        return (y * scale.astype(sum_dtype)).astype(out_dtype)
-
-    return product(a, b, scale)
-
-
-def _multiply(a: Operand, b: Operand, a_values, b_values, compute_dtype, out_dtype):
-    """Sums in float32 on every backend, whatever the dtype in which the product hands them over."""
-    scales = [
-        scale[:, None] if scale.ndim and is_rows else scale
-        for scale, is_rows in ((a.scale, True), (b.scale, False))
-        if scale is not None
-    ]
-    sum_dtype = jnp.promote_types(compute_dtype, jnp.float32)
-    # Without a scale the product itself rounds to 16 bits, as a plain one does; a float32 result
-    # and a cast after it could be written to memory in between.
-    y = jax.lax.dot_general(
-        a_values,
-        b_values,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=sum_dtype if scales else out_dtype,
-    )
-    for scale in scales:
-        y = y * scale
-    return y.astype(out_dtype)
+def _float8(a: Operand, b: Operand, compute_dtype, out_dtype):
+    by_cublas = _no_float8_unit(cuda_capability()) is None and not _may_be_partitioned()
+    return products.float8(a, b, compute_dtype, out_dtype, by_cublas=by_cublas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,9 +304,12 @@ def _nothing(*_) -> None:
     return None
 
 
-# By preference.
+# By preference; what follows "dequantize", which covers everything, is taken by name only.
 _PATHS: dict[str, _Path] = {
-    "fp8": _Path(_float8_formats, _nothing, _float8_doubt, _run_float8),
-    "hopper": _Path(_hopper_formats, compat.hopper_obstacle, _kernel_doubt, _run_hopper),
-    "dequantize": _Path(_nothing, _nothing, _nothing, _run_dequantize),
+    "fp8": _Path(_float8_formats, _nothing, _float8_doubt, _float8),
+    "hopper": _Path(_hopper_formats, compat.hopper_obstacle, _kernel_doubt, products.by_kernel),
+    "dequantize": _Path(_nothing, _nothing, _nothing, products.dequantized),
+    "blackwell": _Path(
+        _blackwell_formats, blackwell.device_limit, _nothing, blackwell.block_scaled
+    ),
 }

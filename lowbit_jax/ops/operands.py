@@ -2,118 +2,35 @@
 
 Either in `jax.numpy`, one function a step, or by the kernel that does all of them in one pass, for
 both products that take an array: the path of the product that the operand is for says which, and
-for float8 codes the device. Both give the same values, but for the rotation back of float32
-gradients, see `scaled_matmul`.
+for float8 codes the device. Both give the same values of finite arrays, but for the rotation back
+of float32 gradients, see `scaled_matmul`.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float
 
-from lowbit_jax.numerics import QTensor, QuantSpec
-from lowbit_jax.numerics.estimators import factored_and_mask, mask_bound
+from lowbit_jax.numerics import QTensor, QuantSpec, quantize
+from lowbit_jax.numerics.estimators import factored_and_mask, gradient_mask, mask_bound
 from lowbit_jax.numerics.quantize import Factored, factor, quantize_factored
-from lowbit_jax.numerics.scales import block_scales
 from lowbit_jax.ops import dispatch
-from lowbit_jax.ops.dispatch import Operand, Plan
+from lowbit_jax.ops.call import Call, ProductKeys
 from lowbit_jax.ops.dot_recipe import DotRecipe, Product
+from lowbit_jax.ops.products import Operand
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
-from lowbit_jax.rotations import Hadamard
 from pallas_kernels.compat import is_interpreting
-from pallas_kernels.folded import WORD, Folded, fold, unpack_mask
+from pallas_kernels.folded import WORD, fold, unpack_mask
 from pallas_kernels.rotate_quantize import Keys, Target, requantize_obstacle, rotate_quantize
-from pallas_kernels.scaled_matmul.epilogue import HADAMARD_BLOCKS
 
 OperandName = Literal["x", "w"]
+AnyOperand = Operand | QTensor  # codes where the path of the product takes them
 # The backward product that takes a forward operand: the gradient of the other one.
 _BACKWARD: dict[OperandName, Product] = {"x": "dw", "w": "dx"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The static part of a call: one x, one recipe, and one weight or several.
-
-    Attributes:
-      recipe: What to quantize to.
-      implementation: A path for all products; None: chosen for each.
-      x_dtype: Of `x`, in which products are computed.
-      out_dtype: Of `y`.
-      shape: Tokens, n and k, which choose the path.
-      weights: Of each: dtype, that of its master if it came quantized, and whether it did.
-    """
-
-    recipe: DotRecipe
-    implementation: str | None
-    x_dtype: np.dtype
-    out_dtype: np.dtype
-    shape: tuple[int, int, int]
-    weights: tuple[tuple[np.dtype, bool], ...]
-
-    def plan(self, product: Product) -> Plan:
-        """The path of a product."""
-        recipe = self.recipe
-        again = {"y": recipe.y_w, "dx": recipe.dx_w, "dw": recipe.dw_x}[product]
-        return dispatch.choose(
-            product,
-            *recipe.formats_of(product),
-            self.implementation,
-            dispatch.cuda_capability(),
-            rotation=recipe.rotation_of(product),
-            is_kept=again is None,
-            dtypes=(self.x_dtype, self.out_dtype) if product == "y" else (self.x_dtype,),
-            shape=self.shape,
-        )
-
-    def target(self, product: Product, spec: QuantSpec | None) -> Target | None:
-        """What the kernel is to make for a product; None if the operand is made without it."""
-        path = self.plan(product).path
-        if spec is None or path == "dequantize":
-            return None
-        rotation = self.recipe.rotation_of(product)
-        if path == "fp8" and dispatch.quantizer_obstacle(
-            spec, rotation, dispatch.cuda_capability(), self.x_dtype, self.shape
-        ):
-            return None
-        assert rotation is None or isinstance(rotation, Hadamard)  # as both demand
-        return Target(spec, rotation)
-
-    def uses_kernel(self, product: Product) -> bool:
-        """Whether our kernel computes a product."""
-        return self.plan(product).path == "hopper"
-
-
-class ProductKeys(NamedTuple):
-    """Randomness of a product, None where nothing is random."""
-
-    rotation: PRNGKeyArray | UInt32[Array, "2"] | None
-    first: PRNGKeyArray | UInt32[Array, "2"] | None
-    second: PRNGKeyArray | UInt32[Array, "2"] | None
-
-
-def split_keys(key, index: int = 0) -> dict[Product, ProductKeys]:
-    """Independent keys for the rotation of each product and for its two operands.
-
-    Those of several weights differ by `index`, but for what concerns the one x.
-    """
-    if key is None:
-        return dict.fromkeys(("y", "dx", "dw"), ProductKeys(None, None, None))
-    y, dx, dw = (ProductKeys(*jax.random.split(k, 3)) for k in jax.random.split(key, 3))
-    if index:
-
-        def own(key):
-            return jax.random.fold_in(key, index)
-
-        y = y._replace(second=own(y.second))
-        dx = ProductKeys(own(dx.rotation), own(dx.first), own(dx.second))
-        dw = dw._replace(first=own(dw.first))
-    return {"y": y, "dx": dx, "dw": dw}
 
 
 def scope(name: str):
@@ -141,7 +58,7 @@ class Residual(NamedTuple):
 
 def forward_operand(
     z: Array, name: OperandName, keys: dict[Product, ProductKeys], call: Call, *, keeps: bool
-) -> tuple[Operand, Residual]:
+) -> tuple[AnyOperand, Residual]:
     """`Q(z R)` as rows and what backward needs of it; `z` itself where there is nothing to do.
 
     Unless it `keeps` that, the residual is not complete.
@@ -159,20 +76,26 @@ def forward_operand(
     rows = z.reshape(-1, z.shape[-1])
     if rotation is not None:
         rows = rotation.apply(rows, key=rotation_key)
-    factored, mask = factored_and_mask(
-        rows, spec, recipe.estimator, recipe.clip_scale, key=_key_for(spec, key)
-    )
-    q = _quantized(factored, spec, call)
+    how = (spec, recipe.estimator, recipe.clip_scale)
+    if call.takes_codes("y"):
+        q, mask = quantize(rows, spec, key=_key_for(spec, key)), gradient_mask(rows, *how)
+    else:
+        factored, mask = factored_and_mask(rows, *how, key=_key_for(spec, key))
+        q = _quantized(factored, spec, call)
     saved = _unquantized(z, call, rotation_key) if _keeps_original(name, recipe) else q
     return q, Residual(saved, mask)
 
 
 def operand_of_quantized(
     w: QuantizedWeight, keys: dict[Product, ProductKeys], call: Call
-) -> tuple[Operand, Residual]:
+) -> tuple[AnyOperand, Residual]:
     """The operand that `forward_operand` would have made of the weights, and codes to keep."""
-    by_kernel = call.uses_kernel("y")
-    q = Operand(*fold(w.quantized)) if by_kernel else _operand(w.quantized, call)
+    if call.takes_codes("y"):
+        q = w.quantized
+    elif call.uses_kernel("y"):
+        q = Operand(*fold(w.quantized))
+    else:
+        q = _operand(w.quantized, call)
     saved = w.quantized
     if _keeps_original("w", call.recipe):
         saved = _unquantized(w.master, call, keys["y"].rotation)
@@ -181,15 +104,16 @@ def operand_of_quantized(
 
 def gradient_operands(
     g: Float[Array, "tokens n"], keys: dict[Product, ProductKeys], call: Call
-) -> tuple[Operand, Operand]:
+) -> tuple[AnyOperand, AnyOperand]:
     """`g` as the first operand of `dx` and, transposed, of `dw`."""
     recipe = call.recipe
     rows, columns = call.target("dx", recipe.dx_g), call.target("dw", recipe.dw_g)
     of_dx = of_dw = None
     if rows is not None or columns is not None:
         row_keys, column_keys = (_keys_of(keys[p], first=True) for p in ("dx", "dw"))
-        made = _quantize_by_kernel(g, rows, columns, row_keys=row_keys, column_keys=column_keys)
-        of_dx, of_dw = made.rows, made.columns
+        of_dx, of_dw, _ = _quantize_by_kernel(
+            g, rows, columns, row_keys=row_keys, column_keys=column_keys
+        )
     if of_dx is None:
         of_dx = _rotate_and_quantize(g, "dx", recipe.dx_g, keys["dx"].first, keys, call)
     if of_dw is None:
@@ -202,7 +126,7 @@ def backward_operand(
     product: Product,
     keys: dict[Product, ProductKeys],
     call: Call,
-) -> Operand:
+) -> AnyOperand:
     """What the forward pass left, transposed and quantized again as the recipe says."""
     if isinstance(saved, Finished):
         return saved.operand
@@ -216,14 +140,14 @@ def backward_operand(
     if target is None:
         return _rotate_and_quantize(dense.T, product, spec, keys[product].second, keys, call)
     column_keys = _keys_of(keys[product], first=False)
-    columns = _quantize_by_kernel(dense, None, target, column_keys=column_keys).columns
+    _, columns, _ = _quantize_by_kernel(dense, None, target, column_keys=column_keys)
     assert columns is not None
     return columns
 
 
 def masked_gradient(
     product: Product,
-    pairs: Mapping[str, tuple[Operand, Operand]],
+    pairs: Mapping[str, tuple[AnyOperand, AnyOperand]],
     mask: Any,
     keys: dict[Product, ProductKeys],
     call: Call,
@@ -246,19 +170,18 @@ def masked_gradient(
         sum_dtype = jnp.promote_types(out_dtype, jnp.float32)
         return functools.reduce(jnp.add, [t.astype(sum_dtype) for t in terms]).astype(out_dtype)
 
-    if call.uses_kernel(product) and (mask is None or is_packed):
-        if rotation is None:
-            return total(mask=mask)
-        size = rotation.block_size if isinstance(rotation, Hadamard) else None
-        if size in HADAMARD_BLOCKS and not rotation.needs_key:
-            return total(mask=mask, inverse_hadamard=size)
+    is_covered = rotation is None or call.back_rotation is not None
+    if call.uses_kernel(product) and is_covered and (mask is None or is_packed):
+        return total(mask=mask, inverse_hadamard=call.back_rotation)
     z = total()
     if mask is not None:
         z = jnp.where(unpack_mask(mask) if is_packed else mask, z, 0)
     return z if rotation is None else rotation.inverse(z, key=keys["y"].rotation)
 
 
-def run_product(product: Product, a: Operand, b: Operand, call: Call, out_dtype, **epilogue):
+def run_product(
+    product: Product, a: AnyOperand, b: AnyOperand, call: Call, out_dtype, **epilogue
+) -> Float[Array, "p q"]:
     """`a b^T` by the path of the product."""
     specs = call.recipe.formats_of(product)
     return dispatch.run(
@@ -286,61 +209,41 @@ def _by_kernel(
     if z.dtype not in (jnp.bfloat16, jnp.float32):
         z = z.astype(jnp.float32)
     again = recipe.dw_x if name == "x" else recipe.dx_w
-    columns = None
+    of_columns = None
     if keeps and again is None:
         # A product over the rows takes the same codes, if all of them share one scale.
         if target.rotation is None and recipe.formats_of(product)[1] == target.spec:
-            columns = call.target(product, target.spec)
-    elif keeps and recipe.requantize and requantize_obstacle(target) is None:
-        columns = call.target(product, again)
-    made = _quantize_by_kernel(
+            of_columns = call.target(product, target.spec)
+    elif keeps and recipe.requantize:
+        of_columns = call.target(product, again)
+        if of_columns is not None and requantize_obstacle(target, of_columns) is not None:
+            of_columns = None  # made in the backward pass
+    q, columns, mask = _quantize_by_kernel(
         z.reshape(-1, z.shape[-1]),
         target,
-        columns,
-        requantize=columns is not None and again is not None,
+        of_columns,
+        requantize=of_columns is not None and again is not None,
         mask_bound=bound,
         row_keys=_keys_of(keys["y"], first=name == "x"),
         column_keys=_keys_of(keys[product], first=False),
     )
-    q = made.rows
     assert q is not None
-    if made.columns is not None:
-        saved = Finished(made.columns)
+    if columns is not None:
+        saved = Finished(columns)
     elif _keeps_original(name, recipe):
         saved = _unquantized(z, call, keys["y"].rotation)
     else:
         saved = q
-    return q, Residual(saved, made.mask)
+    return q, Residual(saved, mask)
 
 
-class _Made(NamedTuple):
-    """What the kernel made: operands of two products, and a packed mask."""
-
-    rows: Operand | None
-    columns: Operand | None
-    mask: UInt32[Array, "words m"] | None
-
-
-def _quantize_by_kernel(x: Array, rows: Target | None, columns: Target | None, **options) -> _Made:
-    """One pass of `rotate_quantize` over x and, where XLA finds no scales first, one to find them.
-
-    The scale of a whole array is left to XLA: it reads as much as the kernel would, and can do so
-    where x is made.
-    """
-    for name, target, size in (("row", rows, x.shape[0]), ("column", columns, x.shape[1])):
-        if target is not None and target.spec.block_size == "tensor" and target.rotation is None:
-            scale = block_scales(x, target.spec, (0, 1)).scales.reshape(1)
-            options[f"{name}_reference"] = jnp.broadcast_to(scale, (size,))
+def _quantize_by_kernel(x: Array, rows: Target | None, columns: Target | None, **options):
+    """`rotate_quantize`: operands of two products, None where not asked for, and a packed mask."""
     made = rotate_quantize(x, rows, columns, interpret=is_interpreting(), **options)
-    return _Made(_unfolded(made.rows, rows), _unfolded(made.columns, columns), made.mask)
-
-
-def _unfolded(folded: Folded | None, target: Target | None) -> Operand | None:
-    """An operand with one scale, if its format has one a tensor."""
-    if folded is None or target is None:
-        return None
-    values, scales = folded
-    return Operand(values, scales[0] if dispatch.has_float8_codes(target.spec) else scales)
+    of_rows, of_columns = (
+        None if side is None else Operand(*side) for side in (made.rows, made.columns)
+    )
+    return of_rows, of_columns, made.mask
 
 
 def _keeps_original(name: OperandName, recipe: DotRecipe) -> bool:
@@ -368,13 +271,15 @@ def _operand(saved: Operand | QTensor, call: Call) -> Operand:
 
 def _rotate_and_quantize(
     z, product: Product, spec: QuantSpec | None, key, keys: dict[Product, ProductKeys], call: Call
-) -> Operand:
+) -> AnyOperand:
     """`Q(z R')` with R' the rotation of a backward product along its contraction axis."""
     rotation = call.recipe.rotation_of(product)
     if rotation is not None:
         z = rotation.apply(z, key=keys[product].rotation)
     if spec is None:
         return Operand(z.astype(call.x_dtype), None)
+    if call.takes_codes(product):
+        return quantize(z, spec, key=_key_for(spec, key))
     factored, _ = quantize_factored(z, spec, key=_key_for(spec, key))
     return _quantized(factored, spec, call)
 
@@ -414,23 +319,3 @@ def _keys_of(keys: ProductKeys, *, first: bool) -> Keys:
 
 def _key_for(spec: QuantSpec, key):
     return key if spec.needs_key else None
-
-
-def check_contraction(product: Product, size: int, recipe: DotRecipe) -> None:
-    """Blocks of formats and rotation must divide the contraction axis of the product."""
-    axis = {"y": "k, the last axis of x and w", "dx": "n, the rows of w", "dw": "all tokens of x"}
-    new = {
-        "y": (recipe.y_x, recipe.y_w),
-        "dx": (recipe.dx_g, recipe.dx_w),
-        "dw": (recipe.dw_g, recipe.dw_x),
-    }
-    rotation = recipe.rotation_of(product)
-    blocks = {str(spec): spec.block_size for spec in new[product] if spec is not None}
-    blocks[str(rotation)] = getattr(rotation, "block_size", None)
-    for what, block_size in blocks.items():
-        if isinstance(block_size, int) and size % block_size:
-            raise ValueError(
-                f"quantized_dot: the product {product!r} sums over {axis[product]}, whose size must"
-                f" be a multiple of {block_size} for {what}, got {size}; pad it, or use"
-                " dataclasses.replace on the recipe for a smaller block."
-            )

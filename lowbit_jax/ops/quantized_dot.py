@@ -8,21 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped
 
 from lowbit_jax.ops import dispatch
+from lowbit_jax.ops.call import Call, check_contraction, split_keys
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ops.operands import (
-    Call,
     backward_operand,
-    check_contraction,
     forward_operand,
     gradient_operands,
     masked_gradient,
     operand_of_quantized,
     run_product,
     scope,
-    split_keys,
 )
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
-from pallas_kernels.compat import is_interpreting
+from pallas_kernels.compat import is_interpreting, vary_alike
 
 _COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -53,9 +51,14 @@ def quantized_dot(
     it is rotated back; `dw` stays float32 to the end, but for the path "hopper", which rotates
     float32 back as two bfloat16 terms, to 2**-17 of each entry.
     Kept for the backward pass: the quantized operands, in the dtype of `x` or as float8 codes, with
-    their scales, and the masks, one byte an entry. Kernels keep e4m3, or what the backward products
-    take, and masks of one bit; `x` and `w` themselves only where they are not quantized, or where
-    backward quantizes the original. Of a `QuantizedWeight` the codes that it holds anyway.
+    their scales, and the masks, one byte an entry. Kernels keep float8, or what the backward
+    products take, and masks of one bit; `x` and `w` themselves only where they are not quantized,
+    or where backward quantizes the original. Of a `QuantizedWeight` the codes that it holds anyway.
+
+    Within `jax.shard_map` each device quantizes what it has: scales of a tensor and blocks along
+    the tokens are its own, and so are random numbers if its index is folded into the key. The
+    gradient of weights that are the same on all is summed over the devices, under its default
+    `check_vma`.
 
     Args:
       x: `(*batch, k)`, bfloat16, float16 or float32. `*batch` is flattened to tokens: a format
@@ -65,11 +68,14 @@ def quantized_dot(
       recipe: What to quantize to; static under `jit`.
       key: Randomness of stochastic rounding and random signs. Needed if `recipe.needs_key`,
         unused otherwise; new for every step and layer.
-      implementation: "dequantize", "fp8" or "hopper"; taken for all three products or refused.
-        None: chosen for each product, and `explain` tells which and why: "fp8" for float8 formats
-        with one scale a tensor; "hopper" for 4-bit formats that e4m3 holds, on a Hopper GPU with
-        JAX 0.11, unless the shape is small or ragged, or there are several devices over which
-        `jit` may partition, as it does not kernels; "dequantize" for the rest.
+      implementation: "dequantize", "fp8", "hopper" or "blackwell"; taken for all three products or
+        refused. None: chosen for each product, and `explain` tells which and why: "fp8" for float8
+        formats with one scale a tensor; "hopper" for 4-bit formats that float8 holds, and `dx` of
+        an unquantized gradient that is rotated back, on a Hopper GPU with JAX 0.11, unless the
+        shape is small or ragged, or there are several devices over which `jit` may partition, as it
+        does not kernels; "dequantize" for the rest. The device is that of `jax.default_device`, or
+        the first: where arrays are cannot be known while tracing. Functions of arrays that are
+        committed to the CPU of a machine with a GPU must be traced under the former.
 
     Returns:
       `(*batch, n)` in the dtype of `x`.
@@ -179,6 +185,7 @@ def _quantized_dots(x, weights, recipe, key, implementation, out_dtype=None) -> 
     ws = {name: _as_weight(weights[name]) for name in sorted(weights)}
     for w in ws.values():
         _check_call(x, w, recipe, key, implementation)
+    x, ws = vary_alike((x, ws), key if recipe.needs_key else ())
     # One path for all, since they share the operands made of x: that of the worst n to tile.
     n = max((_master(w).shape[0] for w in ws.values()), key=dispatch.padding)
     call = Call(
@@ -216,7 +223,7 @@ def _forward(x, ws, key, call: Call, *, keeps: bool):
             else:
                 w_q, of_ws[name] = forward_operand(w, "w", keys, call, keeps=keeps)
             y = run_product("y", x_q, w_q, call, call.out_dtype)
-        ys[name] = y.reshape(*x.shape[:-1], w_q.values.shape[0])
+        ys[name] = y.reshape(*x.shape[:-1], y.shape[-1])
     return ys, (of_x, of_ws, key)
 
 

@@ -9,6 +9,7 @@ import jax
 from lowbit_jax.ops.dispatch import parse_scope
 
 _KERNEL = "lowbit_scaled_matmul"  # name of the product's kernel in a program
+_BLOCK_SCALED = "scaled_matmul_wrapper"  # of the primitive behind jax.nn.scaled_matmul
 _REMAT_SCOPE = "rematted_computation"  # what jax.checkpoint calls the part that it runs again
 
 
@@ -96,14 +97,18 @@ def _rows(jaxpr, outer_scopes: tuple[str, ...], count: int | None) -> Iterator[P
     """The products of a program: an inner program's scopes continue those of the call to it."""
     for eqn in jaxpr.eqns:
         scopes = outer_scopes + _scopes(eqn)
-        if eqn.primitive.name == "dot_general" or eqn.params.get("name") == _KERNEL:
+        is_block_scaled = eqn.primitive.name == _BLOCK_SCALED
+        is_product = is_block_scaled or eqn.primitive.name == "dot_general"
+        if is_product or eqn.params.get("name") == _KERNEL:
             fields = next(filter(None, map(parse_scope, reversed(scopes))), None)
             if fields is not None:
+                where = [s for s in scopes if parse_scope(s) is None and s != _KERNEL]
                 yield ProductRow(
-                    where="/".join(scope for scope in scopes if parse_scope(scope) is None),
+                    where="/".join(where),
                     product=fields.product,
-                    a_shape=eqn.invars[0].aval.shape,
-                    b_shape=eqn.invars[1].aval.shape,
+                    # Block-scaled products have a batch axis of length 1.
+                    a_shape=eqn.invars[0].aval.shape[is_block_scaled:],
+                    b_shape=eqn.invars[1].aval.shape[is_block_scaled:],
                     a_format=fields.a,
                     b_format=fields.b,
                     path=fields.path,

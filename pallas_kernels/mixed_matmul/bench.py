@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import tyro
 from jax import lax
+from jaxtyping import PRNGKeyArray
 
 from lowbit_jax.numerics import INT4, MXFP4, NVFP4, QuantSpec, quantize
 from pallas_kernels.measure import (
-    BF16,
     Case,
     Comparison,
     jitted,
@@ -24,6 +24,7 @@ from pallas_kernels.measure import (
     print_comparisons,
     tree_bytes,
 )
+from pallas_kernels.measurement import BF16
 from pallas_kernels.mixed_matmul.layout import prepack
 from pallas_kernels.mixed_matmul.op import mixed_matmul
 from pallas_kernels.mixed_matmul.tuning import Config, config_obstacle
@@ -34,9 +35,9 @@ SHAPES = tuple(
 )
 SPECS = {"MXFP4": MXFP4, "NVFP4": NVFP4, "INT4": INT4}
 XLA_BF16 = "XLA bf16"
-# Weights that are multiplied in turn take at least four times the 50 MB of the L2 cache.
-_ROTATED_BYTES = 200e6
-_MAX_WEIGHTS = 32  # of shapes so small that a program would have thousands
+# That a program multiplies by in turn: a decoding step has hundreds of products, and the smallest
+# of the shapes takes 285 MB in 4 bits, where the L2 cache has 50.
+_WEIGHTS = 32
 
 
 def comparison(
@@ -44,9 +45,11 @@ def comparison(
 ) -> Comparison:
     """XLA in bfloat16, then each format with its chosen schedule, or with all that fit.
 
-    A call multiplies by several weights in turn, so that none is left in the cache and launches
-    hide behind the device's work; times are of one product. The kernel is lowered and compiled
-    once for all of them.
+    A call multiplies by several weights in turn, as a decoding step does, so that none is left in
+    the cache; times are of one product, launches included, as a step of a model has them. XLA
+    records launches as a CUDA graph; `XLA_FLAGS=--xla_gpu_enable_command_buffer=-CUSTOM_CALL`
+    has those of kernels made one by one. The time of the kernels alone, by the profiler, leaves
+    out launches and gaps for all contenders alike. The kernel is compiled once for all weights.
 
     Args:
       shape: m, n, k.
@@ -56,17 +59,14 @@ def comparison(
     m, n, k = shape
 
     def case(name, weight_format, config=None):
-        def build(inputs):
-            x, weights = inputs[weight_format]
-            result = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
-            return jitted(
-                functools.partial(_products, config=config),
-                (x, weights),
-                flops={BF16: 2.0 * m * n * k},
-                bytes=tree_bytes((x, weights[0], result)),
-                units=len(weights),
-            )
-
+        result = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
+        build = jitted(
+            functools.partial(_products, config=config),
+            lambda inputs: inputs[weight_format],
+            flops={BF16: 2.0 * m * n * k},
+            bytes=lambda args: tree_bytes((args[0], args[1][0], result)),
+            units=_WEIGHTS,
+        )
         return Case(name, build, kernel_obstacle if weight_format in SPECS else lambda: None)
 
     cases = [case(XLA_BF16, XLA_BF16)]
@@ -75,7 +75,8 @@ def comparison(
         for config in _configs(*shape) if sweep else ():
             cases.append(case(f"{name} {dataclasses.astuple(config)}", name, config))
     make = functools.partial(make_inputs, shape, formats)
-    return Comparison("decode", f"W4A16 {m}x{n}x{k}", make, tuple(cases), (XLA_BF16,))
+    work = f"W4A16 {m}x{n}x{k}"
+    return Comparison("decode", work, make, tuple(cases), (XLA_BF16,), is_profiled=True)
 
 
 def comparisons(*, sweep: bool = False) -> Iterator[Comparison]:
@@ -83,22 +84,22 @@ def comparisons(*, sweep: bool = False) -> Iterator[Comparison]:
     return (comparison(shape, sweep=sweep) for shape in SHAPES)
 
 
-def make_inputs(shape: tuple[int, int, int], formats: Sequence[str]) -> dict[str, Any]:
-    """By format or `XLA_BF16`: normal x, and so many weights that none stays in the cache."""
+def make_inputs(
+    shape: tuple[int, int, int], formats: Sequence[str], key: PRNGKeyArray
+) -> dict[str, Any]:
+    """By format or `XLA_BF16`: normal x, and weights."""
     m, n, k = shape
-    x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
+    x_key, key = jax.random.split(key)
+    x = jax.random.normal(x_key, (m, k), jnp.bfloat16)
     made = {}
     # Packing takes time: none is packed for kernels that cannot run.
     for name in (XLA_BF16, *(formats if kernel_obstacle() is None else ())):
-        spec = SPECS.get(name)
-        first = _weight(jax.random.key(1), n, k, spec)
-        count = min(max(4, int(_ROTATED_BYTES / tree_bytes(first)) + 1), _MAX_WEIGHTS)
-        keys = jax.random.split(jax.random.key(2), count - 1)
-        made[name] = (x, [first, *(_weight(key, n, k, spec) for key in keys)])
+        make = functools.partial(_weight, n=n, k=k, spec=SPECS.get(name))
+        stacked = lax.map(make, jax.random.split(key, _WEIGHTS))
+        made[name] = (x, [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(_WEIGHTS)])
     return made
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _weight(key, n: int, k: int, spec: QuantSpec | None):
     w = 0.02 * jax.random.normal(key, (n, k))
     return w.astype(jnp.bfloat16) if spec is None else prepack(quantize(w, spec))
@@ -133,7 +134,7 @@ def main(pattern: str = "", sweep: bool = False, repeats: int = 20) -> int:
     Args:
       pattern: Only cases whose name contains it.
       sweep: Every schedule that fits, besides the chosen one.
-      repeats: Measurements, each of ten queued programs.
+      repeats: Measurements, each of queued programs.
     """
     return print_comparisons(comparisons(sweep=sweep), pattern=pattern, repeats=repeats)
 

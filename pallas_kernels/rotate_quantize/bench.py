@@ -47,10 +47,10 @@ def comparison(shape: tuple[int, int], names: Sequence[str] | None = None) -> Co
     chosen = {name: found[name] for name in (found if names is None else names)}
 
     def case(name, fn, shapes, obstacle=lambda: None):
-        def build(arrays):
-            return jitted(fn, tuple(arrays[_label(shape)] for shape in shapes))
+        def pick(inputs):
+            return tuple(inputs[_label(shape)] for shape in shapes)
 
-        return Case(name, build, obstacle)
+        return Case(name, jitted(fn, pick), obstacle)
 
     cases = [case(COPY, jnp.negative, (x,))]
     if names is None:
@@ -66,17 +66,17 @@ def comparisons() -> Iterator[Comparison]:
     return map(comparison, SHAPES)
 
 
-def _arrays(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    return {label: _array(shape) for label, shape in shapes.items()}
+def _arrays(shapes: dict[str, jax.ShapeDtypeStruct], key) -> dict[str, Any]:
+    return {label: _array(shape, key) for label, shape in shapes.items()}
 
 
-def _array(shape) -> jax.Array:
-    """Normal x, words of a key, or references of 4, above every scale of such an x."""
+def _array(shape, key) -> jax.Array:
+    """Normal x, words of a key, or a reference above every entry of such an x."""
     if shape.dtype == jnp.uint32:
         return jnp.arange(shape.shape[0], dtype=jnp.uint32)
-    if len(shape.shape) == 1:
-        return jnp.full(shape.shape, 4, shape.dtype)
-    return jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)
+    if not shape.shape:
+        return jnp.full(shape.shape, 8, shape.dtype)
+    return jax.random.normal(key, shape.shape, shape.dtype)
 
 
 def _label(shape: jax.ShapeDtypeStruct) -> str:

@@ -1,4 +1,4 @@
-"""One pass over a matrix that rotates it, rounds it and folds it into e4m3, along both axes.
+"""One pass over a matrix that rotates it, rounds it and folds it into FP8, along both axes.
 
 A block reads a tile of x (m, k) and writes the same tile of two operands: the rows, quantized along
 k, and the columns, quantized along m and stored as (k, m), as the FP8 tensor cores want both. The
@@ -6,10 +6,11 @@ rotations are products with matrices of +1 and -1. The one along m takes the til
 as a transposed operand, so that nothing is moved to transpose it; without a rotation the matrix is
 the identity. Signs of the coordinates are not part of the matrices: the tile in shared memory is
 multiplied by those of both axes before it is rotated, so that along the other axis they are signs
-of whole rows, which are multiplied by once more where the rows are scaled. x in float32 is loaded
-to registers and stored as three bfloat16 terms, of which it is the sum. Each side works through the
-tile in chunks of 64 x 64, see `chunk.py`. One warpgroup a block and no pipeline: many small blocks
-hid latency better on an H100 than a persistent ring of tiles.
+of whole rows, which are multiplied by once more where the rows are scaled. A power of two goes with
+the signs where numbers are rounded at random, see `units.py`. x in float32 is loaded to registers
+and stored as three bfloat16 terms, of which it is the sum. Each side works through the tile in
+chunks of 64 x 64, see `chunk.py`. One warpgroup a block and no pipeline: many small blocks hid
+latency better on an H100 than a persistent ring of tiles.
 """
 
 import functools
@@ -17,10 +18,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from lowbit_jax.numerics.formats import E4M3
 from pallas_kernels.compat import launch, load, plgpu, swizzled
 from pallas_kernels.rotate_quantize.chunk import (
     CHUNK,
@@ -28,24 +29,31 @@ from pallas_kernels.rotate_quantize.chunk import (
     Side,
     along_columns,
     along_rows,
-    combine,
     cut_to_bfloat16,
-    quantize_chunk,
+    quantize_blocks,
+    quantize_rows,
+    statistic,
     stored,
 )
+from pallas_kernels.rotate_quantize.units import ROUNDED_POWER, Units, find_units
 
 _SHARED_BYTES = 227 * 1024 - 1024  # of Hopper, less what barriers and alignment take
 _TERMS = {jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float32): 3}  # of bfloat16 in an entry of x
 
 
+# So that equal launches of a program are lowered once.
+@functools.partial(
+    jax.jit,
+    static_argnames=("rows", "columns", "requantize", "mask_bound", "tile", "interpret"),
+)
 def quantize_tiles(
     x: jax.Array,
     rows: Side | None,
     columns: Side | None,
     operands: dict[str, jax.Array],
     *,
-    requantize: bool,
-    mask_bound: float | None,
+    requantize: bool = False,
+    mask_bound: float | None = None,
     tile: tuple[int, int],
     interpret: bool,
 ) -> dict[str, jax.Array]:
@@ -57,18 +65,18 @@ def quantize_tiles(
       columns: Along m.
       operands: What the sides need, its names ending in "rows" and "columns": "rotation_*",
         bfloat16 `(span, span)`; "signs_*", float32, of each coordinate along the axis, if signed;
-        where codes are made "scales_*", float32, one for each row of the operand: of the folded
-        operand, without its global scale, or that of the format if it has one scale a row;
-        "seeds_*" of the random bits of each row, if it is rounded at random.
-      requantize: Makes the columns of the rounded rows; x is not used for them. These need no
-        scales.
+        "seeds_*" of the random bits of each row, if it is rounded at random; where codes without
+        blocks are made "scales_*", float32: `(rows of the operand,)`, or `(1,)` for one scale of
+        all; and "reference", float32 `(1,)`, a bound of `|x|`, where codes with blocks are made.
+      requantize: Makes the columns of the rounded rows; x is not used for them.
       mask_bound: Writes the mask `|x / scale| <= mask_bound` of the rotated rows; None: none.
       tile: Of one block.
       interpret: On the CPU.
 
     Returns:
-      By name: "values_rows" `(m, k)`, "values_columns" `(k, m)`, both e4m3; "statistic_rows"
-      `(k tiles, m)` and "statistic_columns" `(m tiles, k)`, float32; "mask" int32 `(k / 32, m)`.
+      By name: "values_rows" `(m, k)`, "values_columns" `(k, m)`, both FP8; "statistic_rows"
+      `(k tiles, m)` and "statistic_columns" `(m tiles, k)`, float32, of sides that are not written;
+      "mask" int32 `(k / 32, m)`.
     """
     m, k = x.shape
     tile_m, tile_k = tile
@@ -77,12 +85,15 @@ def quantize_tiles(
     # Rows of the tile of each operand, and columns, along which it is rotated.
     extents = {"rows": (tile_m, tile_k), "columns": (tile_k, tile_m)}
     shapes = {"rows": (m, k), "columns": (k, m)}
-    shared_rotation = len({side.block_size for side in sides.values()}) < len(sides)
+    shared_rotation = len({side.target.transform for side in sides.values()}) < len(sides)
     # The axes with signs that x is multiplied by; rounded rows are, where they are made.
     signed = {name for name, side in sides.items() if side.is_signed}
     flipped = signed - {"columns"} if requantize else signed
     terms = _TERMS[jnp.dtype(x.dtype)]
     inputs, out = {"x": x}, {}
+    targets = {name: side.target for name, side in sides.items() if side.is_written}
+    if any(target.has_blocks for target in targets.values()):
+        inputs["reference"] = operands["reference"]
     # Its terms, if it has more than one, are made on the way to shared memory.
     shape = tile if terms == 1 else (terms, *tile)
     scratch = {"x": swizzled(shape, jnp.bfloat16, CHUNK)}
@@ -101,18 +112,17 @@ def quantize_tiles(
             if kind + name in operands:
                 inputs[kind + name] = operands[kind + name]
         if side.is_written:
-            out["values_" + name] = jax.ShapeDtypeStruct(shapes[name], E4M3.storage)
+            storage = side.format.storage
+            out["values_" + name] = jax.ShapeDtypeStruct(shapes[name], storage)
             # 64 bytes to a swizzle: of 128, a chunk's halves could not be stored one by one.
-            chunks = height * width // CHUNK**2
-            scratch["values_" + name] = swizzled((chunks, CHUNK, CHUNK), E4M3.storage)
-        if side.is_emitted:
+            scratch["values_" + name] = swizzled((height, width), storage, CHUNK)
+        else:
             shape = (shapes[name][1] // width, shapes[name][0])
             out["statistic_" + name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if mask_bound is not None:
         out["mask"] = jax.ShapeDtypeStruct((k // GROUP, m), jnp.int32)
-    if (
-        requantize and sides["rows"].span > CHUNK
-    ):  # else each chunk takes the place of the one it is from
+    if requantize and sides["rows"].span > CHUNK:
+        # Else each chunk takes the place of the one it is from.
         scratch["rounded"] = swizzled(tile, jnp.bfloat16, CHUNK)
     size = sum(math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize for ref in scratch.values())
     if size > _SHARED_BYTES:
@@ -134,12 +144,22 @@ def quantize_tiles(
         for name in copied:
             source = x_tile if name == "x" else given[name]
             plgpu.copy_gmem_to_smem(source, local[name], local["barrier"])
-        vectors = {
-            name: _load_chunks(given[name], first[axis], extents[axis][0])
-            for axis in sides
-            for name in ("scales_" + axis, "seeds_" + axis)
-            if name in given
-        }
+        units = Units(None, None, {}, {})
+        if "reference" in given:
+            # As a vector of equal numbers, for the lowering knows no bits of scalars.
+            reference = jnp.full((CHUNK,), given["reference"][0])
+            units = find_units(targets, requantize, reference)
+        scales, seeds = {}, {}
+        for name in sides:
+            height, _ = extents[name]
+            if "scales_" + name in given:
+                ref = given["scales_" + name]
+                if ref.shape == (1,):  # one for all chunks
+                    scales[name] = [ref[0]] * (height // CHUNK)
+                else:
+                    scales[name] = _load_chunks(ref, first[name], height)
+            if "seeds_" + name in given:
+                seeds[name] = _load_chunks(given["seeds_" + name], first[name], height)
         # Of the coordinates along each axis, as rows of the chunks across it.
         signs = {
             axis: _load_chunks(given["signs_" + axis], first[across[axis]], extents[axis][1])
@@ -147,80 +167,85 @@ def quantize_tiles(
             if "signs_" + axis in given
         }
         tile_signs = {"rows": None, "columns": signs["columns"] if "columns" in flipped else None}
+        if units.power is not None:
+            of_columns = tile_signs["columns"] or [np.float32(1)] * (tile_m // CHUNK)
+            tile_signs["columns"] = [units.power * sign for sign in of_columns]
         if "rows" in flipped:
             tile_signs["rows"] = _load_chunks(given["turned_rows"], first["columns"], tile_k, 0)
         if terms == 1:
             plgpu.barrier_wait(local["barrier"])
             parts = [local["x"]]
-            if flipped:
+            if flipped or units.power is not None:
                 _store_terms(parts, parts[0], tile, **tile_signs)
         else:
             parts = [local["x"].at[t] for t in range(terms)]
             _store_terms(parts, x_tile, tile, **tile_signs)
             plgpu.barrier_wait(local["barrier"])
         rounded = local.get("rounded", parts[0])
-        # A pass that writes no operand takes fewer registers in loops, and has more blocks then.
-        is_rolled = not any(side.is_written for side in sides.values())
 
-        def quantize_side(name, parts):
+        def quantize_chunk(name, parts, i, j, found):
+            """Stores one chunk, or returns the statistic of its rows with the one found so far."""
             side = sides[name]
             rotation = local["rotation_rows" if shared_rotation else "rotation_" + name]
-            height, width = extents[name]
-
-            def quantize(i, j, found):
-                """Returns the statistic of the row of chunks up to this one."""
-                row = pl.ds(first[name] + i * CHUNK, CHUNK)
-                column = first[across[name]] + j * CHUNK
-                sign = again = None
+            y = _rotate(parts, rotation, side, i, j, is_transposed=name == "columns")
+            if not side.is_written:
+                return statistic(found, y, side)
+            here = (pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK))
+            column = first[across[name]] + j * CHUNK
+            options = {"mask_bound": mask_bound if name == "rows" else None, "sign": None}
+            if not requantize and across[name] in flipped:
+                options["sign"] = signs[across[name]][i]
+            if side.target.has_blocks:
+                again = None
                 if name == "rows" and requantize:
                     again = jnp.ones((CHUNK,), jnp.float32)
                     if "columns" in signed:
-                        again = _at(signs["columns"], i)
-                elif not requantize and across[name] in flipped:
-                    sign = _at(signs[across[name]], i)
-                chunk = quantize_chunk(
-                    _rotate(parts, rotation, side, i, j, is_transposed=name == "columns"),
+                        again = signs["columns"][i]
+                    if targets["columns"].is_random:
+                        again = again * ROUNDED_POWER
+                seed = seeds[name][i] if name in seeds else None
+                chunk = quantize_blocks(
+                    y,
                     side,
-                    _at(vectors.get("scales_" + name), i),
-                    sign=sign,
-                    seed=_at(vectors.get("seeds_" + name), i),
+                    units.inverses[name],
+                    seed=seed,
                     column=column,
-                    mask_bound=mask_bound if name == "rows" else None,
                     again=again,
+                    interpret=interpret,
+                    **options,
                 )
-                for half, word in enumerate(chunk.mask):
-                    made["mask"][lax.div(column, GROUP) + half, row] = word
-                if chunk.again is not None:
-                    plgpu.commit_smem()  # the warpgroup has read what is overwritten
-                    rounded[pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK)] = chunk.again
-                if side.is_written:
-                    staged = local["values_" + name].at[i * (width // CHUNK) + j]
-                    staged[...] = stored(chunk.values, interpret=interpret)
-                    plgpu.commit_smem()
-                    target = made["values_" + name].at[row, pl.ds(column, CHUNK)]
-                    plgpu.copy_smem_to_gmem(staged, target)
-                return combine(found, chunk.statistic, side.spec) if side.is_emitted else found
+            else:
+                if units.inverse is not None:
+                    sign = options["sign"]
+                    options["sign"] = units.inverse if sign is None else units.inverse * sign
+                chunk = quantize_rows(y, side, scales[name][i], **options)
+            for half, word in enumerate(chunk.mask):
+                row = pl.ds(first[name] + i * CHUNK, CHUNK)
+                made["mask"][lax.div(column, GROUP) + half, row] = word
+            if chunk.again is not None:
+                plgpu.commit_smem()  # the warpgroup has read what is overwritten
+                rounded[here] = chunk.again
+            local["values_" + name][here] = stored(chunk.values, side.format, interpret=interpret)
+            return None
 
-            def quantize_row(i, _):
-                is_row_rolled = is_rolled and side.span == CHUNK
+        def quantize_side(name, parts):
+            height, width = extents[name]
+            for i in range(height // CHUNK):
                 found = None
-                if is_row_rolled and side.is_emitted:
-                    found = jnp.zeros((CHUNK,), jnp.float32)
-                one = functools.partial(quantize, i)
-                found = _repeat(width // CHUNK, one, found, is_row_rolled)
-                if side.is_emitted:
+                for j in range(width // CHUNK):
+                    found = quantize_chunk(name, parts, i, j, found)
+                if found is not None:
                     row = pl.ds(first[name] + i * CHUNK, CHUNK)
                     made["statistic_" + name][tile_index[across[name]], row] = found
-
-            _repeat(height // CHUNK, quantize_row, None, is_rolled)
+            plgpu.commit_smem()
+            if sides[name].is_written:
+                here = (pl.ds(first[name], height), pl.ds(first[across[name]], width))
+                plgpu.copy_smem_to_gmem(local["values_" + name], made["values_" + name].at[here])
 
         if rows is not None:
             quantize_side("rows", parts)
-        if requantize:
-            plgpu.commit_smem()
-            parts = [rounded]
         if columns is not None:
-            quantize_side("columns", parts)
+            quantize_side("columns", [rounded] if requantize else parts)
         plgpu.wait_smem_to_gmem(0)
 
     results = launch(
@@ -236,27 +261,6 @@ def quantize_tiles(
     return dict(zip(out, results, strict=True))
 
 
-def _repeat(count, one, carry, is_rolled):
-    """`carry = one(i, carry)` for each i below count, in a loop or one after the other."""
-    if is_rolled:
-        return lax.fori_loop(0, count, one, carry)
-    for i in range(count):
-        carry = one(i, carry)
-    return carry
-
-
-def _at(vectors, i):
-    """The i-th of a few vectors, also where i is known when the kernel runs; None of None."""
-    if vectors is None:
-        return None
-    if isinstance(i, int):
-        return vectors[i]
-    found = vectors[0]
-    for n, vector in enumerate(vectors[1:], 1):
-        found = lax.select(lax.broadcast(i == n, vector.shape), vector, found)
-    return found
-
-
 def _load_chunks(ref, first, length, reduced=1):
     """The entries of a vector in global memory that belong to each chunk of rows, or of columns."""
     layout = plgpu.Layout.WGMMA.reduce(reduced)
@@ -268,7 +272,7 @@ def _store_terms(parts, x, tile, rows, columns):
     """Writes the tile times its signs as bfloat16 matrices whose sum it is.
 
     `rows` are the signs of the coordinates along rows for each chunk of columns, `columns` those
-    for each chunk of rows, None for no signs.
+    for each chunk of rows, times a power of two, None for no signs.
     """
     for i in range(tile[0] // CHUNK):
         for j in range(tile[1] // CHUNK):
@@ -280,14 +284,12 @@ def _store_terms(parts, x, tile, rows, columns):
             if columns is not None:
                 sign = along_rows(columns[i].astype(rest.dtype), rest.shape)
                 rest = rest * plgpu.layout_cast(sign, plgpu.Layout.WGMMA)
-            if len(parts) == 1:
-                parts[0][here] = rest
-                continue
-            for part in parts:
+            for part in parts[:-1]:
                 # Cut off, not rounded: eight bits of the mantissa a term are all of them.
                 term = cut_to_bfloat16(rest)
                 part[here] = term.astype(jnp.bfloat16)
                 rest = rest - term
+            parts[-1][here] = rest.astype(jnp.bfloat16)
     plgpu.commit_smem()
 
 

@@ -1,7 +1,7 @@
-"""`rotate_quantize`: the operands of quantized products, in one or a few passes over a matrix."""
+"""`rotate_quantize`: the operands of quantized products, in one or two passes over a matrix."""
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,30 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.numerics import QuantSpec, quantize
-from lowbit_jax.numerics.floats import SMALLEST_NORMAL, power_of_two
+from lowbit_jax.numerics.floats import SMALLEST_NORMAL
 from lowbit_jax.numerics.random_bits import row_seeds
-from lowbit_jax.numerics.scales import block_scales, is_nan_scale
-from lowbit_jax.numerics.spec import GAUSSIAN_ALPHA, GLOBAL_SCALE_RULES, POWER_OF_TWO_RULES
+from lowbit_jax.numerics.scales import block_scales
+from lowbit_jax.numerics.spec import (
+    GAUSSIAN_ALPHA,
+    GLOBAL_SCALE_RULES,
+    POWER_OF_TWO_RULES,
+    RMS_RULES,
+)
 from lowbit_jax.rotations.hadamard import Hadamard, hadamard_matrix
-from pallas_kernels.folded import Folded, row_scales
-from pallas_kernels.rotate_quantize.chunk import CHUNK, GROUP, Side, statistic_of
+from pallas_kernels.folded import Folded, foldable
+from pallas_kernels.rotate_quantize.chunk import CHUNK, GROUP, Side
 from pallas_kernels.rotate_quantize.kernel import quantize_tiles
-from pallas_kernels.rotate_quantize.reference import NO_KEYS, Keys, RotatedQuantized, Target
+from pallas_kernels.rotate_quantize.reference import (
+    NO_KEYS,
+    Keys,
+    RotatedQuantized,
+    Target,
+    finite_absmax,
+    requantize_obstacle,
+    tensor_scale,
+)
 from pallas_kernels.rotate_quantize.tuning import Config, choose_config
+from pallas_kernels.rotate_quantize.units import find_units
 
 _MAX_BLOCK = 128  # of a transform
 
@@ -33,9 +47,7 @@ def rotate_quantize(
     mask_bound: float | None = None,
     row_keys: Keys = NO_KEYS,
     column_keys: Keys = NO_KEYS,
-    row_reference: Float32[Array, " m"] | None = None,
-    column_reference: Float32[Array, " k"] | None = None,
-    emit_references: bool = False,
+    reference: Float32[Array, ""] | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> RotatedQuantized:
@@ -43,35 +55,47 @@ def rotate_quantize(
 
     What `rotate_quantize_reference` computes. The same bits, where sums of the rotation are exact
     in float32. The scales of rows by the rule "rms" come from a float32 sum of squares and may
-    differ in their last bits, those by "rms_nearest" and "std_floor" by a factor of 2 where the sum
-    lies within `2**-18` of a boundary between two powers of two. Stochastic rounding takes 22 bits
-    of the distance to the lower level for entries below their block's scale: at most once in
-    `2**22` of those it takes the other level.
+    differ in their last bits, those by "rms_nearest" by a factor of 2 where the sum lies within
+    `2**-18` of a boundary between two powers of two; those by "std_floor" likewise, and where the
+    largest entry of a block is M times its deviation, within `2**-18 + M**2 * 2**-25`. By these
+    rules the mask may differ, too, in blocks `2**76` below the bound, whose squares underflow.
+    Stochastic rounding takes the other neighbour at most once in `2**20` entries: of those below
+    their block's scale it takes 22 bits of the distance to the lower level, and the factors of the
+    transform and of "absmax_floor43" are one product, which rounds once.
 
-    One pass reads x and writes both operands, if the references are given; exact ones need one
-    more pass, which only reads. A matrix whose sides are no multiples of the tile is padded with
-    zeros, which copies it.
+    One pass reads x and writes both operands. Operands with one scale of all need an upper bound of
+    `|x|`, from which it follows; if none is given, XLA finds it, where x is made if it can. A scale
+    for each row takes one more pass, which only reads. A matrix whose sides are no multiples of the
+    tile is padded with zeros, which copies it.
 
-    A NaN or an infinity makes the scales of its row and its column NaN, or some of their values if
-    references were given; with `requantize` also those of the columns that were rotated together
-    with it, in spans of 64 or 128.
+    The one scale of formats with blocks allows for the worst that a transform can do, so that
+    nothing saturates: numbers grow by `sqrt(block_size)`. Blocks fold without loss as long as their
+    scale lies within 28 binades of the largest scale that this allows; smaller ones are rounded to
+    multiples of `2**-29` of that scale, to nearest, which is biased where rounding is random. The
+    worst case is far: of normal x, the largest scale of the columns of Quartet's forward pass,
+    rotated twice, lies 3 to 4 binades below it. A bound that is too small saturates what exceeds
+    it, by up to `2**40`. Beside a side that is rounded at random, numbers `2**80` below the bound
+    may count as zeros, in rows with scales of their own, too.
+
+    A NaN or an infinity makes NaN what is rotated together with it, along its row and along its
+    column, in spans of 64, or 128 for such a transform; with `requantize` also the columns' spans
+    of all that is NaN in its row. A scale of a row becomes NaN.
 
     Args:
       x: `(m, k)`, bfloat16 or float32.
-      rows: What to quantize along k: e2m1 in blocks of 32 with power-of-two scales; or mid-rise up
-        to 4 bits or e4m3 with one scale a row or a tensor. Stochastic rounding for e2m1 only. With
-        Hadamard transforms up to 128.
+      rows: What to quantize along k: e2m1 in blocks of 32 with power-of-two scales; mid-rise up to
+        4 bits, e4m3 or e5m2 with one scale a row; e4m3 or e5m2 with one scale a tensor and no
+        rotation. Stochastic rounding for e2m1 only. With Hadamard transforms up to 128.
       columns: Along m.
-      requantize: Makes the columns of the dequantized rows, in the dtype of x, instead of x.
+      requantize: Makes the columns of the dequantized rows instead of x, if both have power-of-two
+        scales, see `requantize_obstacle`.
       mask_bound: Makes the mask `|rotated row / scale| <= mask_bound`, as
         `lowbit_jax.numerics.estimators.mask_bound` gives it; None: no mask.
       row_keys: Randomness of the rows, as their target needs it.
       column_keys: Of the columns.
-      row_reference: float32 `(m,)`, in place of the largest scale of the blocks of each row, a
-        power of two then, or of the scale of the row. From an earlier step for example, times 2 or
-        4 as headroom: values above it saturate.
-      column_reference: float32 `(k,)`, the same for the columns.
-      emit_references: Returns the references of this x also where others were given.
+      reference: A finite upper bound of `|x|`, which formats with one scale a tensor take as its
+        abs-max; from an earlier step for example. None: the abs-max of the finite entries. Scales
+        of rows do not depend on it; other operands are NaN if it is NaN or infinite.
       config: Tile; None: from a table.
       interpret: Run on the CPU, within `pallas_kernels.testing.run_interpreted`.
 
@@ -84,110 +108,71 @@ def rotate_quantize(
       NotImplementedError: If a target is not covered, see `obstacle`.
     """
     _check(x, rows, columns, requantize, mask_bound, row_keys, column_keys)
-    m, k = x.shape
-    span_m, span_k = (
-        CHUNK if target is None else max(CHUNK, _block_size(target)) for target in (columns, rows)
-    )
-    config = config or choose_config(m, span_m, span_k, x.dtype.itemsize)
-    tile = (config.tile_m, config.tile_k)
-    padded_m, padded_k = (-(-size // t) * t for size, t in zip(x.shape, tile, strict=True))
-    padded = jnp.pad(x, ((0, padded_m - m), (0, padded_k - k)))
-    extents = {"rows": (k, padded_k, m, padded_m), "columns": (m, padded_m, k, padded_k)}
     targets = {"rows": rows, "columns": columns}
     targets = {name: target for name, target in targets.items() if target is not None}
     keys = {"rows": row_keys, "columns": column_keys}
-    given = {"rows": row_reference, "columns": column_reference}
-    references: dict[str, Any] = {name: given[name] for name in targets}
-    operands = {}
+    if config is None:
+        config = choose_config(x.shape[0], _span(columns), _span(rows), x.dtype.itemsize)
+    m, k = x.shape
+    tile = (config.tile_m, config.tile_k)
+    padded_m, padded_k = (-(-size // t) * t for size, t in zip(x.shape, tile, strict=True))
+    padded = _padded(_padded(x, padded_m, 0), padded_k, 1)
+    # Along the axis that is summed over, and across it.
+    extents = {"rows": (k, padded_k, m, padded_m), "columns": (m, padded_m, k, padded_k)}
+    if reference is None and any(target.spec.block_size is not None for target in targets.values()):
+        reference = finite_absmax(x)
+    operands, scales = {}, {}
+    if any(target.has_blocks for target in targets.values()):
+        assert reference is not None  # as found
+        operands["reference"] = reference.reshape(1)
+        scales |= find_units(targets, requantize, reference).scales
     for name, target in targets.items():
         along, padded_along, across, padded_across = extents[name]
         operands["rotation_" + name] = _rotation_matrix(target.rotation)
-        if _is_signed(target):
+        if target.is_signed:
+            # As Hadamard draws them.
             rotation_key = keys[name].rotation
             assert rotation_key is not None  # as checked
-            # As Hadamard draws them.
-            signs = jax.random.rademacher(rotation_key, (along,), x.dtype).astype(jnp.float32)
-            operands["signs_" + name] = jnp.pad(signs, (0, padded_along - along), constant_values=1)
-        rounding_key = keys[name].rounding
-        if target.spec.rounding == "stochastic":
+            signs = jax.random.rademacher(rotation_key, (along,), x.dtype)
+            operands["signs_" + name] = _padded(signs.astype(jnp.float32), padded_along)
+        if target.is_random:
+            rounding_key = keys[name].rounding
             assert rounding_key is not None  # as checked
             seeds = row_seeds(rounding_key, across)
-            operands["seeds_" + name] = jnp.pad(seeds, (0, padded_across - across))
-
-    def launch(written, emitted, mask_bound=None):
-        """One pass; only with what it needs."""
-        of_rows = requantize and "columns" in (*written, *emitted)
-        needed = [name for name in targets if name in (*written, *emitted)]
-        if of_rows and "rows" not in needed:
-            needed = ["rows", *needed]
-        inputs = {}
-        for name in needed:
-            for kind in ("rotation_", "signs_"):
-                if kind + name in operands:
-                    inputs[kind + name] = operands[kind + name]
-            if "seeds_" + name in operands and (name in written or (name == "rows" and of_rows)):
-                inputs["seeds_" + name] = operands["seeds_" + name]
-            if name not in written:
-                continue
-            _, _, across, padded_across = extents[name]
-            scales, spec = references[name], targets[name].spec
-            if spec.scale in POWER_OF_TWO_RULES:
-                scales = row_scales(scales, spec)
-            inputs["scales_" + name] = jnp.pad(
-                scales, (0, padded_across - across), constant_values=1
-            )
-        sides = {
-            name: Side(
-                spec=targets[name].spec,
-                block_size=_block_size(targets[name]),
-                is_signed=_is_signed(targets[name]),
-                is_written=name in written,
-                is_emitted=name in emitted,
-                is_given=given[name] is not None,
-            )
-            for name in needed
-        }
-        out = quantize_tiles(
-            padded,
-            sides.get("rows"),
-            sides.get("columns"),
-            inputs,
-            requantize=of_rows,
-            mask_bound=mask_bound,
-            tile=tile,
-            interpret=interpret,
-        )
-        found = {}
-        for name in emitted:
+            operands["seeds_" + name] = _padded(seeds, padded_across)
+        if target.spec.block_size == "tensor":
+            assert reference is not None  # as found
+            scales[name] = tensor_scale(target.spec, reference)
+            operands["scales_" + name] = scales[name].reshape(1)
+    launch = functools.partial(quantize_tiles, padded, tile=tile, interpret=interpret)
+    by_row = {name: target for name, target in targets.items() if name not in scales}
+    if by_row:
+        sides = {name: Side(target, is_written=False) for name, target in by_row.items()}
+        found = launch(sides.get("rows"), sides.get("columns"), operands)
+        for name, target in by_row.items():
             along, _, across, _ = extents[name]
-            statistic = out["statistic_" + name][:, :across]
-            found[name] = _reference(statistic, targets[name].spec, along)
-        return out, found
-
-    missing = [name for name in targets if given[name] is None]
-    if missing:
-        references |= launch([], missing)[1]
-    emitted = [name for name in targets if name not in missing] if emit_references else []
-    out, found = launch(list(targets), emitted, mask_bound)
-    returned = {name: references[name] for name in missing} | found
+            scale = _row_scales(found["statistic_" + name], target.spec, along)
+            operands["scales_" + name] = scale
+            unit = 2 if target.spec.format.kind == "midrise" else 1
+            scales[name] = scale[:across] * np.float32(1 / unit)
+    sides = {name: Side(target) for name, target in targets.items()}
+    out = launch(
+        sides.get("rows"),
+        sides.get("columns"),
+        operands,
+        requantize=requantize,
+        mask_bound=mask_bound,
+    )
     folded = {}
     for name, target in targets.items():
         along, _, across, _ = extents[name]
-        scales = row_scales(references[name], target.spec)
         constant = _global_scale(target.spec)
-        if constant is not None:
-            scales = scales * constant
-        folded[name] = Folded(out["values_" + name][:across, :along], scales)
+        scale = scales[name] if constant is None else scales[name] * constant
+        folded[name] = Folded(out["values_" + name][:across, :along], scale)
     mask = None
     if mask_bound is not None:
         mask = lax.bitcast_convert_type(out["mask"], jnp.uint32)[: k // GROUP, :m]
-    return RotatedQuantized(
-        folded.get("rows"),
-        folded.get("columns"),
-        mask,
-        returned.get("rows"),
-        returned.get("columns"),
-    )
+    return RotatedQuantized(folded.get("rows"), folded.get("columns"), mask)
 
 
 def obstacle(target: Target) -> str | None:
@@ -199,24 +184,18 @@ def obstacle(target: Target) -> str | None:
     if spec.scale in POWER_OF_TWO_RULES:
         if name != "e2m1" or spec.block_size != GROUP:
             return f"power-of-two scales are those of e2m1 in blocks of {GROUP}, got {spec}"
+        if spec.scale in RMS_RULES and spec.rounding != "nearest":
+            return f"scales from mean squares are for rounding to nearest, got {spec}"
         return None
     if spec.scale not in ("rms", "absmax") or isinstance(spec.block_size, int):
         return f"other formats have one scale a row or a tensor by 'rms' or 'absmax', got {spec}"
     if spec.block_rows != 1 or spec.rounding != "nearest":
-        return f"formats with one scale a row are rounded to nearest, got {spec}"
-    if name not in ("midrise1", "midrise2", "midrise3", "midrise4", "e4m3"):
-        return f"formats with one scale a row are mid-rise up to 4 bits and e4m3, got {spec}"
+        return f"formats with one scale a row or a tensor are rounded to nearest, got {spec}"
+    if name not in ("midrise1", "midrise2", "midrise3", "midrise4", "e4m3", "e5m2"):
+        return f"formats with one scale a row are mid-rise up to 4 bits and FP8, got {spec}"
+    if spec.block_size == "tensor" and (rotation is not None or name not in ("e4m3", "e5m2")):
+        return f"one scale a tensor is for FP8 without a rotation, got {target}"
     return None
-
-
-def requantize_obstacle(rows: Target) -> str | None:
-    """Why rows of this target cannot be quantized again along the other axis, or None."""
-    if rows.spec.scale in POWER_OF_TWO_RULES and rows.spec.scale not in GLOBAL_SCALE_RULES:
-        return None
-    return (
-        "only rows that bfloat16 holds, those of power-of-two scales alone, are quantized again,"
-        f" got {rows.spec}"
-    )
 
 
 def _check(x, rows, columns, requantize, mask_bound, row_keys, column_keys) -> None:
@@ -237,15 +216,15 @@ def _check(x, rows, columns, requantize, mask_bound, row_keys, column_keys) -> N
             continue
         text = obstacle(target)
         if text is not None:
-            raise NotImplementedError(f"rotate_quantize: {text}; use rotate_quantize_reference.")
-        multiple = max(_block_size(target), _group_size(target.spec))
+            raise NotImplementedError(f"rotate_quantize: {text}; {_advice(target)}.")
+        multiple = max(target.transform, _group_size(target.spec))
         if size % multiple:
             raise ValueError(
                 f"rotate_quantize: the axis that {name}s run along must be a multiple of {multiple}"
                 f" for {target}, got x of shape {x.shape}; pad it."
             )
         for kind, key, is_needed in (
-            ("rotation", keys.rotation, _is_signed(target)),
+            ("rotation", keys.rotation, target.is_signed),
             ("rounding", keys.rounding, target.spec.needs_key),
         ):
             if is_needed and key is None:
@@ -265,54 +244,57 @@ def _check(x, rows, columns, requantize, mask_bound, row_keys, column_keys) -> N
             f"rotate_quantize: requantize makes columns of the rounded rows, got rows={rows} and"
             f" columns={columns}; pass both."
         )
-    text = requantize_obstacle(rows)
+    text = requantize_obstacle(rows, columns)
     if text is not None:
         raise NotImplementedError(f"rotate_quantize: {text}; use rotate_quantize_reference.")
 
 
-def _block_size(target: Target) -> int:
-    return 1 if target.rotation is None else target.rotation.block_size
+def _advice(target: Target) -> str:
+    text = foldable(target.spec)
+    return "use rotate_quantize_reference" if text is None else f"{text}, which is no FP8 matrix"
+
+
+def _span(target: Target | None) -> int:
+    """Entries along its axis that a tile must hold whole."""
+    return CHUNK if target is None else max(CHUNK, target.transform)
 
 
 def _group_size(spec: QuantSpec) -> int:
     return spec.block_size if isinstance(spec.block_size, int) else 1
 
 
-def _is_signed(target: Target) -> bool:
-    return target.rotation is not None and target.rotation.needs_key
+def _padded(array, size: int, axis: int = 0):
+    """With zeros up to a size; not touched if it has it."""
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)])
 
 
 def _rotation_matrix(rotation: Hadamard | None):
     """bfloat16 `(span, span)`, without signs."""
     if rotation is None:
-        return jnp.eye(CHUNK, dtype=jnp.bfloat16)
+        return jnp.asarray(np.eye(CHUNK), jnp.bfloat16)
     block = hadamard_matrix(rotation.block_size)
     count = max(1, CHUNK // rotation.block_size)
     return jnp.asarray(np.kron(np.eye(count, dtype=np.int8), block), jnp.bfloat16)
 
 
-def _global_scale(spec: QuantSpec):
+@functools.lru_cache
+def _global_scale(spec: QuantSpec) -> np.float32 | None:
     """What `quantize` stores for the whole array, a constant of these specs; None for none."""
     if spec.scale not in GLOBAL_SCALE_RULES:
         return None
-    nearest = dataclasses.replace(spec, rounding="nearest")
-    return quantize(jnp.ones((1, GROUP)), nearest).global_scale
+    with jax.ensure_compile_time_eval():
+        nearest = dataclasses.replace(spec, rounding="nearest")
+        return np.float32(quantize(jnp.ones((1, GROUP)), nearest).global_scale)
 
 
-def _reference(statistic, spec: QuantSpec, length: int):
-    """The reference of each row from what tiles `(tiles, rows)` emitted; of rows of this length."""
-    kind = statistic_of(spec)
-    if kind == "scale":
-        return jnp.max(statistic, axis=0)
-    if kind == "absmax":
-        # The scale of a row or tensor, and the largest of its blocks, is that of its parts' maxima.
-        axis = (-2, -1) if spec.block_size == "tensor" else -1
-        scales = block_scales(statistic.T, spec, axis).scales
-        if spec.scale in POWER_OF_TWO_RULES:
-            exponents = jnp.maximum(scales.astype(jnp.int32) - 127, -126)
-            largest = power_of_two(jnp.minimum(exponents, 127))
-            scales = jnp.where(is_nan_scale(scales), np.float32(np.nan), largest)
-        return jnp.broadcast_to(scales.reshape(-1), statistic.shape[1:])
+def _row_scales(statistic, spec: QuantSpec, length: int):
+    """The scale of each row from what tiles `(tiles, rows)` found; of rows of this length."""
+    if spec.scale == "absmax":
+        # That of the parts' maxima.
+        return block_scales(statistic.T, spec, -1).scales.reshape(-1)
     mean_square = jnp.sum(statistic, axis=0) * np.float32(1 / length)
     alpha = GAUSSIAN_ALPHA[spec.format.name] / spec.format.max
     scales = jnp.sqrt(mean_square) * np.float32(alpha)

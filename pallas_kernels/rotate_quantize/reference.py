@@ -1,18 +1,38 @@
 """What `rotate_quantize` computes, composed of the definitions in `lowbit_jax`."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt32
 
-from lowbit_jax.numerics import QuantSpec, dequantize, quantize, round_to_grid
+from lowbit_jax.numerics import E2M1, E4M3, E5M2, QuantSpec, dequantize, quantize, round_to_grid
+from lowbit_jax.numerics.floats import floor_log2, power_of_two
 from lowbit_jax.numerics.quantize import to_units
+from lowbit_jax.numerics.scales import block_scales
+from lowbit_jax.numerics.spec import (
+    GAUSSIAN_ALPHA,
+    GLOBAL_SCALE_RULES,
+    POWER_OF_TWO_RULES,
+    RMS_RULES,
+)
 from lowbit_jax.rotations.hadamard import Hadamard
-from pallas_kernels.folded import Folded, fold, largest_scales, pack_mask, row_scales
+from pallas_kernels.folded import Folded, fold, pack_mask
 
 Key = PRNGKeyArray | UInt32[Array, "2"] | None
+
+# The largest scale that a rule gives, times what it is found from: an abs-max, or alpha / 6 * rms.
+_LARGEST = {
+    "absmax_floor": 1 / 4,
+    "absmax_floor43": 1 / 4,
+    "absmax_ct175": 1 / 3.5,
+    "absmax_ceil": 1 / 3,
+    "rms_nearest": math.sqrt(2),
+    "std_floor": 1.0,
+}
+_ROUNDING = 1 + 2.0**-16  # more than the sums of a transform round up by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +46,26 @@ class Target:
 
     spec: QuantSpec
     rotation: Hadamard | None = None
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether blocks have power-of-two scales, which fold into one of the whole array."""
+        return self.spec.scale in POWER_OF_TWO_RULES
+
+    @property
+    def transform(self) -> int:
+        """Entries that are rotated together; 1 without a rotation."""
+        return 1 if self.rotation is None else self.rotation.block_size
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether every coordinate has a random sign."""
+        return self.rotation is not None and self.rotation.needs_key
+
+    @property
+    def is_random(self) -> bool:
+        """Whether rounding is random."""
+        return self.spec.rounding == "stochastic"
 
 
 class Keys(NamedTuple):
@@ -46,16 +86,11 @@ class RotatedQuantized(NamedTuple):
       columns: `(k, m)`, quantized along m.
       mask: uint32 `(k / 32, m)`, packed as by `pack_mask`: where the rotated rows are within their
         bound.
-      row_reference: float32 `(m,)`: the largest scale of the blocks of each row, or the one scale
-        of the row; None if a reference was given and none asked for.
-      column_reference: float32 `(k,)`, the same of the columns.
     """
 
     rows: Folded | None
     columns: Folded | None
     mask: UInt32[Array, "words m"] | None
-    row_reference: Float32[Array, " m"] | None
-    column_reference: Float32[Array, " k"] | None
 
 
 def rotate_quantize_reference(
@@ -67,29 +102,86 @@ def rotate_quantize_reference(
     mask_bound: float | None = None,
     row_keys: Keys = NO_KEYS,
     column_keys: Keys = NO_KEYS,
-    row_reference: Float32[Array, " m"] | None = None,
-    column_reference: Float32[Array, " k"] | None = None,
-    emit_references: bool = False,
+    reference: Float32[Array, ""] | None = None,
 ) -> RotatedQuantized:
-    """See `rotate_quantize`, whose arguments these are."""
+    """See `rotate_quantize`, whose arguments these are.
+
+    Takes all targets that `fold` does, and makes any columns of rounded rows.
+    """
     folded_rows = folded_columns = mask = None
     z = x.T
+    reference = finite_absmax(x) if reference is None else reference
     if rows is not None:
         y = _rotated(x, rows, row_keys)
         q = quantize(y, rows.spec, key=row_keys.rounding)
-        folded_rows = _folded(q, y, row_reference)
-        row_reference = largest_scales(q) if emit_references or row_reference is None else None
+        folded_rows = _folded(q, y, rows, reference)
         if mask_bound is not None:
             mask = pack_mask(jnp.abs(to_units(y, rows.spec)) <= np.float32(mask_bound))
         if requantize:
             z = dequantize(q, x.dtype).T
+            if columns is not None and requantize_obstacle(rows, columns) is None:
+                reference = largest_level(rows, reference)
+            else:
+                reference = finite_absmax(z)
     if columns is not None:
         y = _rotated(z, columns, column_keys)
         q = quantize(y, columns.spec, key=column_keys.rounding)
-        folded_columns = _folded(q, y, column_reference)
-        is_found = emit_references or column_reference is None
-        column_reference = largest_scales(q) if is_found else None
-    return RotatedQuantized(folded_rows, folded_columns, mask, row_reference, column_reference)
+        folded_columns = _folded(q, y, columns, reference)
+    return RotatedQuantized(folded_rows, folded_columns, mask)
+
+
+def finite_absmax(x: Float[Array, "..."]) -> Float32[Array, ""]:
+    """`max |x|` over the finite entries, 0 without any."""
+    return jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0)).astype(jnp.float32)
+
+
+def largest_scale_of(
+    target: Target, reference: Float32[Array, "*shape"]
+) -> Float32[Array, "*shape"]:
+    """A power of two that no scale of a block exceeds where no `|x|` exceeds the reference.
+
+    A transform of b entries makes none larger than `sqrt(b)` times the largest, and the root mean
+    square of a block of 32 no larger than `sqrt(b / 32)` times, if it makes it larger at all. The
+    rules do the rest. For e2m1, whose outermost level is 6. NaN for a reference that is not finite.
+    """
+    spec, transform = target.spec, target.transform
+    growth = _LARGEST[spec.scale] * _ROUNDING
+    if spec.scale in RMS_RULES:
+        assert isinstance(spec.block_size, int)  # as power-of-two scales have
+        growth *= GAUSSIAN_ALPHA[spec.format.name] / spec.format.max
+        growth *= math.sqrt(max(1, transform / spec.block_size))
+    else:
+        growth *= math.sqrt(transform)
+    exponent = floor_log2(reference * np.float32(growth))
+    # 2**125 is the largest scale of e2m1 whose outermost level float32 holds.
+    return power_of_two(jnp.clip(exponent, -126, 125)) + reference * np.float32(0)
+
+
+def largest_level(target: Target, reference: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """What the numbers that `x` is rounded to do not exceed; for scales without a global one."""
+    return largest_scale_of(target, reference) * np.float32(target.spec.format.max)
+
+
+def requantize_obstacle(rows: Target, columns: Target) -> str | None:
+    """Why rows of this target cannot be made into these columns in one pass, or None if they can.
+
+    Rounded rows are then those columns' x, and a bound of x is one of theirs.
+    """
+    spec = rows.spec
+    has_global_scale = spec.scale in GLOBAL_SCALE_RULES
+    if not rows.has_blocks or spec.format != E2M1 or has_global_scale:
+        return (
+            "only rows that bfloat16 holds, those of power-of-two scales alone, are quantized"
+            f" again, got {spec}"
+        )
+    if not columns.has_blocks:
+        return f"rounded rows become columns with power-of-two scales only, got {columns.spec}"
+    return None
+
+
+def tensor_scale(spec: QuantSpec, reference: Float32[Array, ""]) -> Float32[Array, ""]:
+    """The one scale of an array with this abs-max."""
+    return block_scales(reference.reshape(1, 1), spec, (0, 1)).scales.reshape(())
 
 
 def _rotated(x, target: Target, keys: Keys):
@@ -98,15 +190,17 @@ def _rotated(x, target: Target, keys: Keys):
     return target.rotation.apply(x, key=keys.rotation)
 
 
-def _folded(q, y, reference) -> Folded:
-    """`fold(q)`, or of the same array with the scales that are given."""
-    spec = q.spec
-    if reference is None or isinstance(spec.block_size, int):
-        return fold(q, reference)
-    scales = row_scales(reference, spec)
-    unit = 2 if spec.format.kind == "midrise" else 1
-    divisor = jnp.where(scales > 0, reference, np.float32(1))[:, None]
-    units = jnp.where(scales[:, None] > 0, y / divisor, np.float32(0))
-    values = round_to_grid(units, spec.format) * np.float32(unit)
-    scales = jnp.where(jnp.isnan(largest_scales(q)), np.float32(np.nan), scales)
-    return Folded(values.astype(jnp.float8_e4m3fn), scales)
+def _folded(q, y, target: Target, reference) -> Folded:
+    """`fold(q)`, with one scale that follows from the reference for the targets of kernels."""
+    spec = target.spec
+    if target.has_blocks and spec.format == E2M1:
+        return fold(q, largest_scale_of(target, reference))
+    is_fp8_tensor = spec.block_size == "tensor" and spec.format in (E4M3, E5M2)
+    if not is_fp8_tensor or target.rotation is not None or spec.needs_key:
+        return fold(q)
+    scale = tensor_scale(spec, reference)
+    is_live = scale > 0
+    units = jnp.where(is_live, y / jnp.where(is_live, scale, np.float32(1)), np.float32(0))
+    values = round_to_grid(units, spec.format)
+    values = jnp.where(jnp.isfinite(y), values, np.float32(np.nan))
+    return Folded(values.astype(spec.format.storage), scale)

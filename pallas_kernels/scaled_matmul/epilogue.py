@@ -2,24 +2,22 @@
 
 Nothing here waits for global memory: the loading warpgroup has put scales and mask words beside
 the operands, and the copies of a tile are awaited when the next tile takes their place. Between
-the sums and the result no entry leaves the registers: the tensor core takes the left operand of a
-product with the Hadamard matrix from there.
+the sums and the result no entry leaves the registers, see `transform`.
 """
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from lowbit_jax.rotations.hadamard import hadamard_matrix
 from pallas_kernels.compat import load, plgpu, swizzled
 from pallas_kernels.folded import WORD
+from pallas_kernels.scaled_matmul.transform import CHUNK, signs, transformed
 
-# Columns of 128 bytes of bfloat16.
-CHUNK = 64
 HADAMARD_BLOCKS = (16, 32, 64, 128)
 _ROW_BYTES = 128  # of a swizzled buffer
 
@@ -30,15 +28,15 @@ class Epilogue:
 
     Attributes:
       out_dtype: `np.dtype` of bfloat16 or float32.
-      has_a_scales: Whether rows are scaled.
-      has_b_scales: Whether columns are scaled.
+      a_scales: What rows are scaled with: a number for each or one for all; None: nothing.
+      b_scales: Likewise columns. One for all is multiplied with the other scales, not the sums.
       has_mask: Whether entries are masked.
       inverse_hadamard: Block size, or None.
     """
 
     out_dtype: np.dtype
-    has_a_scales: bool = False
-    has_b_scales: bool = False
+    a_scales: Literal["vector", "scalar"] | None = None
+    b_scales: Literal["vector", "scalar"] | None = None
     has_mask: bool = False
     inverse_hadamard: int | None = None
 
@@ -67,11 +65,11 @@ class Epilogue:
         return 1 if columns == tile_n or self.out_dtype.itemsize == 4 else 2
 
     def input_shapes(self, tile_m: int, tile_n: int) -> dict:
-        """Shapes and dtypes of the inputs that each tile reads, by name."""
+        """Shapes and dtypes of the inputs of which each tile reads others, by name."""
         shapes = {}
-        if self.has_a_scales:
+        if self.a_scales == "vector":
             shapes["a_scales"] = (tile_m,), jnp.float32
-        if self.has_b_scales:
+        if self.b_scales == "vector":
             shapes["b_scales"] = (tile_n,), jnp.float32
         if self.has_mask:
             shapes["mask"] = (tile_n // WORD, tile_m), jnp.uint32
@@ -83,23 +81,8 @@ class Epilogue:
         size = tile_m * columns * self.out_dtype.itemsize
         size += sum(4 * math.prod(shape) for shape, _ in self.input_shapes(tile_m, tile_n).values())
         if self.inverse_hadamard:
-            size += len(_signs(self.inverse_hadamard)) * 2 * self.hadamard_side**2
+            size += len(signs(self.inverse_hadamard)) * 2 * self.hadamard_side**2
         return size
-
-
-def _signs(block_size):
-    """Of the quarters of Sylvester's matrix: H_128 = [[H_64, H_64], [H_64, -H_64]]."""
-    return (1, -1) if block_size > CHUNK else (1,)
-
-
-def hadamard_operand(epilogue: Epilogue):
-    """`(signs, side, side)` bfloat16: blocks of +1 and -1 on the diagonal; for 128 also negated."""
-    block_size = epilogue.inverse_hadamard
-    assert block_size is not None
-    side = epilogue.hadamard_side
-    block = hadamard_matrix(min(block_size, side))
-    matrix = np.kron(np.eye(side // len(block)), block)
-    return jnp.asarray([sign * matrix for sign in _signs(block_size)], jnp.bfloat16)
 
 
 def epilogue_scratch(epilogue: Epilogue, config, interpret: bool) -> dict:
@@ -116,8 +99,8 @@ def epilogue_scratch(epilogue: Epilogue, config, interpret: bool) -> dict:
         scratch["inputs_empty"] = plgpu.Barrier(num_arrivals=config.consumers)
     if epilogue.inverse_hadamard:
         side = epilogue.hadamard_side
-        signs = len(_signs(epilogue.inverse_hadamard))
-        scratch["hadamard"] = swizzled((signs, side, side), jnp.bfloat16)
+        count = len(signs(epilogue.inverse_hadamard))
+        scratch["hadamard"] = swizzled((count, side, side), jnp.bfloat16)
         scratch["hadamard_full"] = plgpu.Barrier()
         if interpret:
             scratch["term"] = swizzled((config.consumers, rows, side), jnp.bfloat16)
@@ -148,7 +131,24 @@ def load_inputs(epilogue, config, row, column, inputs, shared):
         plgpu.copy_gmem_to_smem(source, shared[name], shared["inputs_full"])
 
 
-def write_tile(epilogue, total, row, column, out, shared, warpgroup):
+def leave_inputs(shared):
+    """Waits for the inputs of a tile and releases them unread."""
+    if "inputs_full" in shared:
+        plgpu.barrier_wait(shared["inputs_full"])
+        plgpu.barrier_arrive(shared["inputs_empty"])
+
+
+def scalar_factor(epilogue, inputs):
+    """The product of the scales that are one number for all, or None."""
+    factor = None
+    for name in ("a_scales", "b_scales"):
+        if getattr(epilogue, name) == "scalar":
+            scale = inputs[name][0]
+            factor = scale if factor is None else factor * scale
+    return factor
+
+
+def write_tile(epilogue, total, row, column, factor, out, shared, warpgroup):
     """Scales, masks and transforms the sums of this warpgroup and copies them to `out`.
 
     Args:
@@ -156,6 +156,7 @@ def write_tile(epilogue, total, row, column, out, shared, warpgroup):
       total: `(rows, tile_n)` float32, in the layout of an accumulator.
       row: First row in `out`.
       column: First column in `out`.
+      factor: Of all entries, see `scalar_factor`.
       out: `(m, n)` in global memory; what lies outside is not written.
       shared: References of `epilogue_scratch` by name.
       warpgroup: Which of the consumers this is.
@@ -164,7 +165,7 @@ def write_tile(epilogue, total, row, column, out, shared, warpgroup):
     has_inputs = "inputs_full" in shared
     if has_inputs:
         plgpu.barrier_wait(shared["inputs_full"])
-    finished = _finisher(epilogue, total, shared, pl.ds(warpgroup * rows, rows))
+    finished = _finisher(epilogue, total, factor, shared, pl.ds(warpgroup * rows, rows))
 
     side = epilogue.hadamard_side
     columns, buffers = epilogue.stored_columns(tile_n), epilogue.buffers(tile_n)
@@ -172,7 +173,7 @@ def write_tile(epilogue, total, row, column, out, shared, warpgroup):
     for index, start in enumerate(range(0, tile_n, columns)):
         pieces = [finished(first, side) for first in range(start, start + columns, side)]
         if epilogue.inverse_hadamard:
-            pieces = _transformed(epilogue, pieces, shared, warpgroup)
+            pieces = transformed(epilogue, pieces, shared, warpgroup)
         part = lax.concatenate([piece.astype(epilogue.out_dtype) for piece in pieces], 1)
         # The buffer is free when the copies of the others alone are under way: they take turns
         # across tiles, too.
@@ -185,19 +186,24 @@ def write_tile(epilogue, total, row, column, out, shared, warpgroup):
         plgpu.copy_smem_to_gmem(buffer, out.at[pl.ds(row, rows), pl.ds(column + start, columns)])
 
 
-def _finisher(epilogue, total, shared, row_slice):
+def _finisher(epilogue, total, factor, shared, row_slice):
     """A function of first column and width: those columns of the sums, scaled and masked."""
     by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    if epilogue.has_a_scales:
+    has_rows, has_columns = epilogue.a_scales == "vector", epilogue.b_scales == "vector"
+    if has_rows:
         a_scales = load(shared["a_scales"].at[row_slice], by_row)
+        a_scales = a_scales if factor is None else a_scales * factor
 
     def finished(first, width):
         piece = total[:, first : first + width]
-        if epilogue.has_a_scales:
+        if has_rows:
             piece = piece * lax.broadcast_in_dim(a_scales, piece.shape, [0])
-        if epilogue.has_b_scales:
+        if has_columns:
             b_scales = load(shared["b_scales"].at[pl.ds(first, width)], by_column)
+            b_scales = b_scales if factor is None else b_scales * factor
             piece = piece * lax.broadcast_in_dim(b_scales, piece.shape, [1])
+        if factor is not None and not (has_rows or has_columns):
+            piece = piece * factor
         if epilogue.has_mask:
             parts = []
             for start in range(0, width, WORD):
@@ -217,34 +223,3 @@ def _masked(piece, words):
     is_kept = (words >> (bit & 6)) & (jnp.uint32(1) << (bit & 25)) != 0
     # The barrier keeps the compiler from rounding first, which would select 16-bit halves.
     return lax.optimization_barrier(jnp.where(is_kept, piece, 0.0))
-
-
-def _transformed(epilogue, pieces, shared, warpgroup):
-    """`concatenate(pieces) H / sqrt(block)` on the tensor core, from bfloat16 terms."""
-    terms = []  # of each piece
-    for piece in pieces:
-        terms.append([piece.astype(jnp.bfloat16)])
-        if epilogue.terms == 2:
-            rest = piece - terms[-1][0].astype(jnp.float32)
-            terms[-1].append(rest.astype(jnp.bfloat16))
-
-    def multiply(accumulator, term, sign):
-        if "term" in shared:  # interpreted, where operands must lie in shared memory
-            shared["term"][warpgroup] = term
-            plgpu.commit_smem()
-            term = shared["term"].at[warpgroup]
-        plgpu.wgmma(accumulator, term, shared["hadamard"].at[sign])
-
-    parts = len(_signs(epilogue.inverse_hadamard))  # pieces that make one block
-
-    def run(*accumulators):
-        for target, accumulator in enumerate(accumulators):
-            for source in range(parts):
-                sign = source * (target % parts)
-                for term in terms[target - target % parts + source]:
-                    multiply(accumulator, term, sign)
-        return [accumulator[...] for accumulator in accumulators]
-
-    accumulator = plgpu.ACC(pieces[0].shape, jnp.float32)
-    sums = pl.run_scoped(run, *[accumulator] * len(pieces))
-    return [s * (1 / math.sqrt(epilogue.inverse_hadamard)) for s in sums]

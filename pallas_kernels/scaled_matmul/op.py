@@ -10,13 +10,14 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.compat import mosaic_obstacle
 from pallas_kernels.folded import WORD
-from pallas_kernels.scaled_matmul.epilogue import CHUNK, HADAMARD_BLOCKS, Epilogue, hadamard_operand
+from pallas_kernels.scaled_matmul.epilogue import HADAMARD_BLOCKS, Epilogue
 from pallas_kernels.scaled_matmul.kernel import matmul_kernel
+from pallas_kernels.scaled_matmul.transform import CHUNK, hadamard_operand
 from pallas_kernels.scaled_matmul.tuning import STEP_BYTES, Config, choose_config
 
 _E4M3, _E5M2 = np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)
 _BF16, _F32 = np.dtype(jnp.bfloat16), np.dtype(np.float32)
-_OPERANDS = ((_E4M3, _E4M3), (_E4M3, _E5M2), (_E5M2, _E4M3), (_BF16, _BF16))
+_FP8 = (_E4M3, _E5M2)
 
 
 def scaled_matmul(
@@ -35,11 +36,14 @@ def scaled_matmul(
 
     FP8 tensor cores keep about 14 bits of a sum; every `config.promote` k-steps of 128 it moves
     to a float32 register. Operands whose products need fewer bits then give the exact product, as
-    E2M1 codes of normal data do that are folded into E4M3 (`pallas_kernels.folded`); where the
+    E2M1 codes of normal data do that are folded into FP8 (`pallas_kernels.folded`); where the
     scales of a row's blocks differ by several binades, the lowest bits of the small ones are cut
     off. What follows the sum is done in float32, in this order: times `a_scales`, times `b_scales`,
     zeros where the mask is not set, the block Hadamard transform along n undone, one rounding to
-    `out_dtype`.
+    `out_dtype`. A scale of shape `()` is first multiplied with the scales of the other operand, in
+    float32, where these are given: sums meet one multiplication then. A product of scales below
+    2**-126 has fewer bits or is 0, one of 2**128 is infinite, and so are results then, also those
+    that scaling with one after the other would keep.
 
     The transform runs on the tensor core: for a bfloat16 result its input is rounded to bfloat16
     once, for a float32 result it is split into two bfloat16 terms, which leaves a relative error
@@ -47,11 +51,12 @@ def scaled_matmul(
     It takes 32 columns at least: blocks of 16 share their NaNs and infinities two by two, as NaNs.
 
     m and n need not be multiples of a tile: copies outside an array are clipped. Operands whose
-    m is no multiple of 8, n of 64 or k of 128 bytes are padded in a pass of their own.
+    m is no multiple of 8, n of 64 or k of 128 bytes, and masks whose m is no multiple of 4 are
+    padded in a pass of their own.
 
     Args:
       a: `(m, k)`, float8_e4m3fn, float8_e5m2 or bfloat16.
-      b: `(n, k)`, likewise; 8-bit dtypes mix, but for two times float8_e5m2.
+      b: `(n, k)`, likewise; 8-bit dtypes mix.
       a_scales: Float32 `(m,)` or `()`, or None for 1.
       b_scales: Float32 `(n,)` or `()`, or None for 1.
       out_dtype: bfloat16 or float32.
@@ -72,7 +77,7 @@ def scaled_matmul(
     out_dtype = np.dtype(out_dtype)
     _check_covered(a, b, out_dtype, inverse_hadamard)
     epilogue = Epilogue(
-        out_dtype, a_scales is not None, b_scales is not None, mask is not None, inverse_hadamard
+        out_dtype, _kind(a_scales), _kind(b_scales), mask is not None, inverse_hadamard
     )
     config = config or choose_config(a.shape[0], b.shape[0], a.dtype, epilogue)
     if inverse_hadamard is not None and config.tile_n % inverse_hadamard:
@@ -98,15 +103,9 @@ def _scaled_matmul(a, b, a_scales, b_scales, mask, *, epilogue, config, interpre
     # Copies clip tiles, but swizzled pieces of 8 rows of 128 bytes must be whole.
     step = STEP_BYTES // a.dtype.itemsize
     a, b = _pad(a, 8, step), _pad(b, CHUNK, step)
-    # Vectors are read without clipping: whole tiles, of a cluster where there are clusters.
-    tile_m = config.tile_m * (2 if config.multicast == "b" else 1)
-    tile_n = config.tile_n * (2 if config.multicast == "a" else 1)
-    if a_scales is not None:
-        a_scales = _pad(jnp.broadcast_to(a_scales, (m,)), tile_m)
-    if b_scales is not None:
-        b_scales = _pad(jnp.broadcast_to(b_scales, (n,)), tile_n)
+    a_scales, b_scales = (None if s is None else s.reshape(-1) for s in (a_scales, b_scales))
     if mask is not None:
-        mask = _pad(mask, tile_n // WORD, tile_m)
+        mask = _pad(mask, 1, 4)  # rows of 16 bytes, which bulk copies need
     hadamard = None
     if epilogue.inverse_hadamard:
         hadamard = hadamard_operand(epilogue)
@@ -122,6 +121,12 @@ def _scaled_matmul(a, b, a_scales, b_scales, mask, *, epilogue, config, interpre
         interpret=interpret,
     )
     return out[:m, :n]
+
+
+def _kind(scales):
+    if scales is None:
+        return None
+    return "vector" if scales.ndim else "scalar"
 
 
 def _pad(x, *units):
@@ -159,10 +164,11 @@ def _check_covered(a, b, out_dtype, inverse_hadamard):
     obstacle = mosaic_obstacle()
     if obstacle is not None:
         raise NotImplementedError(f"scaled_matmul: {obstacle}; use scaled_matmul_reference.")
-    if (a.dtype, b.dtype) not in _OPERANDS:
+    are_fp8 = a.dtype in _FP8 and b.dtype in _FP8
+    if not are_fp8 and not a.dtype == b.dtype == _BF16:
         raise NotImplementedError(
-            "scaled_matmul: operands must be float8_e4m3fn, one of them possibly float8_e5m2,"
-            f" or both bfloat16, got {a.dtype} and {b.dtype}; cast them."
+            "scaled_matmul: operands must be float8_e4m3fn or float8_e5m2, or both bfloat16,"
+            f" got {a.dtype} and {b.dtype}; cast them."
         )
     if 0 in a.shape or 0 in b.shape:
         raise NotImplementedError(

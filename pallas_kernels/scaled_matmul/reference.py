@@ -29,6 +29,10 @@ def scaled_matmul_reference(
         (((1,), (1,)), ((), ())),
         precision=lax.Precision.HIGHEST,
     )
+    if a_scales is not None and b_scales is not None and 0 in (a_scales.ndim, b_scales.ndim):
+        # One number for all is multiplied with the other scales, not with the sums.
+        product = a_scales * b_scales
+        a_scales, b_scales = (product, None) if a_scales.ndim else (None, product)
     if a_scales is not None:
         out = out * (a_scales[:, None] if a_scales.ndim else a_scales)
     if b_scales is not None:

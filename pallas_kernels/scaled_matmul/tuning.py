@@ -1,9 +1,10 @@
 """How the kernel of `scaled_matmul` is cut into tiles, and which cut a shape gets."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,8 @@ class Config:
         different k-steps, so that the others multiply while one drains its sum.
       overlap: Promoted blocks that follow one another without draining: the sum of a block is
         added while the first product of the next is under way. It takes a second accumulator.
-      multicast: Blocks of a cluster that share an operand: "b" stacks two tiles along m, which
-        read the same rows of b, "a" puts two side by side along n; None: no cluster.
-      grid_width: Tiles along n that are visited before moving on along m, for the L2 cache.
+      multicast: Whether pairs of blocks compute two tiles side by side along n and read the rows
+        of a that both need once.
     """
 
     tile_m: int = 128
@@ -43,8 +43,7 @@ class Config:
     stages: int = 4
     promote: int | None = 4
     overlap: int = 1
-    multicast: Literal["a", "b"] | None = None
-    grid_width: int = 8
+    multicast: bool = False
 
     def __post_init__(self):
         if not 1 <= self.consumers <= 3 or self.tile_m % (64 * self.consumers):
@@ -77,28 +76,64 @@ _SHARED_MEMORY_BYTES = 226 * 1024
 
 # Every entry compiles without spilled registers, transform and mask included: a thread has 232
 # registers, 160 with three consumers, for the sums, of which promotion holds two sets and `overlap`
-# one more. Median microseconds on an H100, measured as `bench.py` does, at 16384 x 4096 x 4096 with
-# scales / with mask and Hadamard 32 besides, where XLA's FP8 product without scales took 347; then
-# at 4096 x 4096 x 16384 with all that and a float32 result. `promote=8` gained nothing.
+# one more. Median microseconds on one H100, measured by `bench.py`, of the gradients 4096 x 4096 x
+# 16384 and 2048 x 2048 x 16384: float32 results with scales, mask and Hadamard 32. XLA's products
+# alone took 431 and 106 of FP8, 807 and 192 of bfloat16. `promote=8` gained nothing.
 CONFIGS = {
-    "fp8_192x128": Config(tile_m=192, consumers=3),  # 379 / 407, 465
-    "fp8_192x128_multicast": Config(tile_m=192, consumers=3, multicast="a"),  # 376 / 400
-    "fp8_128x192": Config(tile_n=192),  # 402 / 457, 458
-    "fp8_128x128": Config(stages=6, overlap=2),  # 414 / 462, 467; small products
-    "fp8_128x256_unpromoted": Config(tile_n=256, promote=None),  # 374 / 372
+    "fp8_192x128": Config(tile_m=192, consumers=3),  # 473, 129; for odd numbers of tiles along n
+    "fp8_192x128_pairs": Config(tile_m=192, consumers=3, multicast=True),  # 442, 135
+    "fp8_128x128": Config(stages=6, overlap=2),  # 456, 111.5; for small products
+    "fp8_128x256_unpromoted": Config(tile_n=256, promote=None),  # 417, 105; no bands fitted
     "bf16_128x256": Config(tile_n=256, promote=None),
     "bf16_128x128": Config(stages=6, promote=None),
 }
 
-# By bytes of an element: entries and their speed at many tiles, relative to each other. Of 8 bits
-# 1.08 to 1.13 follows from the times above, each over the waves of tiles that it took; of bfloat16
-# it is assumed.
+# By bytes of an element: entries and their speed at many tiles, relative to each other. Of 8 bits:
+# by `_cost`, the times above are due to 0.99 and, of pairs, 1.07 for the larger product, 0.96 and
+# 0.90 for the smaller; times of bfloat16 results of 16384 x 4096 x 4096, to 1.08 to 1.13 and 1.09
+# to 1.15. The numbers lie between, and choose the fastest of the three for each of these shapes.
+# Of 16 bits they are assumed.
 _CHOICES = {
-    1: (("fp8_192x128", 1.1), ("fp8_128x128", 1.0)),
+    1: (("fp8_192x128", 1.07), ("fp8_192x128_pairs", 1.1), ("fp8_128x128", 1.0)),
     2: (("bf16_128x256", 1.1), ("bf16_128x128", 1.0)),
 }
 # With fewer the tensor cores wait for copies.
 _FEWEST_CHOSEN_STAGES = 3
+# A block copies a row of 128 bytes into shared memory while it multiplies this many entries of a
+# tile with a k-step, at the speed 1: 57 bytes a cycle were sustained, and 1 is 28 entries a cycle.
+_ENTRIES_A_ROW = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """How a result is shared out among the blocks, or the pairs of blocks that multicast.
+
+    The tiles of a last round that occupies a part of the blocks are cut along m into bands, the
+    rows of single consumers, where there are blocks for all bands. A block multiplies one of them
+    with one consumer; the results are the same.
+
+    Attributes:
+      tiles: Tiles, or pairs of tiles, along m and n; those at the end may reach beyond the result.
+      whole: How many of them are computed whole.
+      bands: Into how many bands the others are cut.
+      slots: Blocks or pairs that run at a time.
+    """
+
+    tiles: tuple[int, int]
+    whole: int
+    bands: int
+    slots: int
+
+
+def share_out(m: int, n: int, config: Config) -> Shares:
+    """Shares of an `(m, n)` result on this device."""
+    pair = 2 if config.multicast else 1
+    tiles = math.ceil(m / config.tile_m), math.ceil(n / (config.tile_n * pair))
+    slots = max(num_sms() // pair, 1)
+    rest = math.prod(tiles) % slots
+    if rest * config.consumers > slots:
+        rest = 0
+    return Shares(tiles, math.prod(tiles) - rest, rest * config.consumers, slots)
 
 
 def fitting_stages(config: Config, epilogue: Epilogue) -> int:
@@ -109,7 +144,7 @@ def fitting_stages(config: Config, epilogue: Epilogue) -> int:
 
 
 def choose_config(m: int, n: int, dtype: DTypeLike, epilogue: Epilogue) -> Config:
-    """The entry whose waves of tiles take the least time on this device.
+    """The entry whose rounds of tiles take the least time on this device.
 
     Args:
       m: Rows of the output.
@@ -124,9 +159,7 @@ def choose_config(m: int, n: int, dtype: DTypeLike, epilogue: Epilogue) -> Confi
     for name, speed in _CHOICES[jnp.dtype(dtype).itemsize]:
         config = CONFIGS[name]
         if fitting_stages(config, epilogue) >= _FEWEST_CHOSEN_STAGES:
-            tiles = math.ceil(m / config.tile_m) * math.ceil(n / config.tile_n)
-            waves = math.ceil(tiles / num_sms())
-            costs.append((waves * config.tile_m * config.tile_n / speed, name))
+            costs.append((_cost(share_out(m, n, config), config, speed), name))
     if not costs:
         raise NotImplementedError(
             f"scaled_matmul: no entry of CONFIGS has shared memory for {epilogue}; pass a config."
@@ -134,24 +167,46 @@ def choose_config(m: int, n: int, dtype: DTypeLike, epilogue: Epilogue) -> Confi
     return CONFIGS[min(costs)[1]]
 
 
+def _cost(shares, config, speed):
+    """Time of a k-step of all rounds, as the entries that a block multiplies at the speed 1."""
+
+    def cost(rows):
+        return max(rows * config.tile_n / speed, _ENTRIES_A_ROW * (rows + config.tile_n))
+
+    total = math.ceil(shares.whole / shares.slots) * cost(config.tile_m)
+    return total + (cost(config.tile_m // config.consumers) if shares.bands else 0)
+
+
 def lowering_cases() -> Iterator[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]]:
-    """Every entry with scales, mask and transform, and alone: name, function, arguments."""
+    """Every entry with all that it can do: name, function, arguments; the first also without.
+
+    Operands of 8 bits are e5m2 with scalar scales, those of 16 have scales of rows. There are whole
+    tiles, bands of others, and consumers without rows.
+    """
     from pallas_kernels.scaled_matmul.op import scaled_matmul
 
-    m, n, k = 16384, 4096, 4096
+    m, n, k = 2904, 3200, 16384
+
+    def call(a, b, a_scales, b_scales, mask=None, *, config, out_dtype=jnp.bfloat16):
+        inverse_hadamard = None if mask is None else 32
+        return scaled_matmul(
+            a, b, a_scales, b_scales, mask=mask, inverse_hadamard=inverse_hadamard,
+            out_dtype=out_dtype, config=config,
+        )  # fmt: skip
+
+    def operands(dtype, *scale_shapes):
+        values = (jax.ShapeDtypeStruct((rows, k), dtype) for rows in (m, n))
+        return (*values, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in scale_shapes))
+
+    mask = jax.ShapeDtypeStruct((n // 32, m), jnp.uint32)
+    name, config = next(iter(CONFIGS.items()))
+    e4m3_rows = operands(jnp.float8_e4m3fn, (m,), (n,))
+    yield f"{name}, scales", functools.partial(call, config=config), e4m3_rows
     for name, config in CONFIGS.items():
-        dtype = jnp.bfloat16 if name.startswith("bf16") else jnp.float8_e4m3fn
-        operands = (jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((n, k), dtype))
-        scales = tuple(jax.ShapeDtypeStruct((rows,), jnp.float32) for rows in (m, n))
-        mask = jax.ShapeDtypeStruct((n // 32, m), jnp.uint32)
-
-        def plain(a, b, a_scales, b_scales, config=config):
-            return scaled_matmul(a, b, a_scales, b_scales, config=config)
-
-        def full(a, b, a_scales, b_scales, mask, config=config):
-            return scaled_matmul(
-                a, b, a_scales, b_scales, mask=mask, inverse_hadamard=32, config=config
-            )
-
-        yield name, plain, (*operands, *scales)
-        yield f"{name}, mask and Hadamard", full, (*operands, *scales, mask)
+        if name.startswith("bf16"):
+            args = (*operands(jnp.bfloat16, (m,), (n,)), mask)
+        else:
+            args = (*operands(jnp.float8_e5m2, (), ()), mask)
+        yield name, functools.partial(call, config=config), args
+        gradient = functools.partial(call, config=config, out_dtype=jnp.float32)
+        yield f"{name}, float32", gradient, args

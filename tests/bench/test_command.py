@@ -6,14 +6,18 @@ import pytest
 
 from lowbit_jax.bench import command
 from lowbit_jax.bench.report import load_rows
-from pallas_kernels.measure import Case, Comparison, Program
+from pallas_kernels.measure import Build, Case, Comparison, Program
 
 
-def comparison(group, build=lambda inputs: Program(lambda: 0, {}, 1)):
-    return Comparison(group, f"{group} work", lambda: (), (Case("a", build),))
+def works(shapes):
+    return Build(None, lambda compiled, inputs: Program(lambda: 0, {}, 1))
 
 
-def broken(inputs):
+def comparison(group, build=works):
+    return Comparison(group, f"{group} work", lambda key: (), (Case("a", build),))
+
+
+def broken(shapes):
     raise RuntimeError("does not compile")
 
 
@@ -88,7 +92,7 @@ def test_a_process_that_dies_after_a_failed_row_is_still_reported(
 def test_a_table_is_drawn_again_without_measuring(groups, tmp_path, monkeypatch, capsys):
     command.main(("product",), out=tmp_path / "a")
     command.main(("decode",), out=tmp_path / "b")
-    monkeypatch.setattr(command, "measure", None)
+    monkeypatch.setattr(command, "measure_all", None)
     sources = (tmp_path / "a", tmp_path / "b")
     assert command.main(sources=sources, out=tmp_path / "c") == 0
     assert [row.group for row in load_rows(tmp_path / "c")] == ["product", "decode"]

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lowbit_jax.bench import report
 from lowbit_jax.bench.report import load_rows, markdown, plot_roofline, save_rows, table
-from pallas_kernels.measure import Measurement
+from pallas_kernels.measurement import Measurement
 
 ROW = Measurement(
     "product", "product 8x8x8", "XLA bf16", "NVIDIA H100 80GB HBM3", "0.11.2", "measured",
@@ -58,6 +58,11 @@ def test_the_table_says_what_a_row_measured():
 def test_a_row_bound_by_launches_says_so():
     row = dataclasses.replace(ROW, median_s=1e-5, host_share=0.97)
     assert "launches take 97% of the time" in markdown([row])
+
+
+def test_the_time_of_the_kernels_alone_is_named_as_such():
+    row = dataclasses.replace(ROW, device_s=5e-4, device_ratios={"XLA bf16": 3.0})
+    assert "y: hopper; kernels 500 us, 3.00 x XLA bf16" in markdown([row])
 
 
 def test_markdown_has_as_many_cells_in_every_line():

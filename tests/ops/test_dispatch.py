@@ -1,7 +1,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -105,57 +104,6 @@ def test_kernels_are_no_choice_where_jit_may_partition_the_product(monkeypatch):
     assert paths == ["hopper"]
 
 
-def equations_of(program):
-    for eqn in program.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            if hasattr(value, "eqns"):
-                yield from equations_of(value)
-
-
-@pytest.mark.parametrize(
-    ("precision", "is_fast"), [(None, True), ("default", True), ("highest", False)]
-)
-def test_float8_products_are_scaled_within_one_call_of_cublas(
-    precision, is_fast, one_device, monkeypatch
-):
-    # XLA recognizes a product times a scalar of its dtype, and leaves it to cuBLASLt if it names
-    # one of two algorithms, of which the precision chooses.
-    monkeypatch.setattr(dispatch, "cuda_capability", lambda: H100)
-    codes, scale = jnp.ones((2048, 64), jnp.float8_e4m3fn), jnp.float32(0.3)
-    operand, other = dispatch.Operand(codes, scale), dispatch.Operand(codes[:1024], scale)
-    plan = dispatch.Plan("fp8", "a test")
-    specs = FP8_E4M3_TENSOR, FP8_E4M3_TENSOR
-
-    def product(a, b):
-        return dispatch.run("y", plan, a, b, specs, jnp.bfloat16, jnp.bfloat16)
-
-    with jax.default_matmul_precision(precision):
-        program = jax.make_jaxpr(product)(operand, other)
-    equations = list(equations_of(program))
-    (dot,) = (eqn for eqn in equations if eqn.primitive.name == "dot_general")
-    name = "ANY_F8_ANY_F8_F32_FAST_ACCUM" if is_fast else "ANY_F8_ANY_F8_F32"
-    assert dot.params["precision"] == jax.lax.DotAlgorithmPreset[name]
-    of_size = [v.aval.dtype for eqn in equations for v in eqn.outvars if v.aval.size == 2048 * 1024]
-    assert set(of_size) == {np.dtype(jnp.bfloat16)}
-    # Of a small result XLA splits the sums, and would round the scale.
-    small = equations_of(jax.make_jaxpr(product)(other, other))
-    (dot,) = (eqn for eqn in small if eqn.primitive.name == "dot_general")
-    assert dot.outvars[0].aval.dtype == jnp.float32
-    # XLA has no algorithm for a product of one row, of which it makes a sum.
-    row = dispatch.Operand(codes[:1], scale)
-    (dot,) = (
-        eqn
-        for eqn in equations_of(jax.make_jaxpr(product)(row, operand))
-        if eqn.primitive.name == "dot_general"
-    )
-    assert dot.params["precision"] is None
-    # A scale each is no scalar: products are not batched.
-    operands = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), operand)
-    for eqn in equations_of(jax.make_jaxpr(jax.vmap(product, (0, None)))(operands, other)):
-        assert eqn.primitive.name != "dot_general" or eqn.outvars[0].aval.shape == (2048, 1024)
-
-
 def test_a_path_asked_for_by_name_is_taken_on_any_device():
     for name in ("fp8", "dequantize"):
         for capability in (None, A100, H100):
@@ -167,8 +115,18 @@ def test_a_path_asked_for_by_name_never_falls_back():
     for a, b in [(None, None), (MXFP4, MXFP4), (FP8_E4M3_TENSOR, None)]:
         with pytest.raises(NotImplementedError, match=r"'dx' of .* use implementation=None or"):
             dispatch.choose("dx", a, b, "fp8", H100)
-    with pytest.raises(ValueError, match="None or one of fp8, hopper, dequantize, got 'triton'"):
+    with pytest.raises(
+        ValueError, match="None or one of fp8, hopper, dequantize, blackwell, got 'triton'"
+    ):
         dispatch.choose("y", None, None, "triton", H100)
+
+
+def test_block_scaled_units_are_used_by_name_only():
+    assert dispatch.choose("y", MXFP4, MXFP4, None, BLACKWELL).path == "dequantize"
+    by_name = dispatch.choose("y", MXFP4, MXFP4, "blackwell", BLACKWELL)
+    assert by_name == ("blackwell", "asked for by name")
+    with pytest.raises(NotImplementedError, match=r"capability 10.0, this device has 9.0"):
+        dispatch.choose("y", MXFP4, MXFP4, "blackwell", H100)
 
 
 def test_float8_formats_with_one_scale_a_tensor_are_kept_as_codes():
@@ -178,16 +136,24 @@ def test_float8_formats_with_one_scale_a_tensor_are_kept_as_codes():
     assert not dispatch.has_float8_codes(dataclasses.replace(INT4, block_size="tensor"))
 
 
-def test_capability_is_that_of_the_first_device(monkeypatch):
+def test_capability_is_that_of_the_default_device(monkeypatch):
     @dataclasses.dataclass
     class Device:
         compute_capability: str
 
-    for capability, expected in [("9.0", H100), ("12.1", (12, 1)), ("gfx942", None)]:
-        monkeypatch.setattr(jax, "devices", lambda capability=capability: [Device(capability)])
-        assert dispatch.cuda_capability() == expected
-    monkeypatch.setattr(jax, "devices", lambda: [object()])
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda *_: [object()])
     assert dispatch.cuda_capability() is None
+    for capability, expected in [("9.0", H100), ("12.1", (12, 1)), ("gfx942", None)]:
+        monkeypatch.setattr(jax, "devices", lambda *_, c=capability: [Device(c)])
+        assert dispatch.cuda_capability() == expected
+    # Of a machine with a GPU, but a program for its CPU.
+    first = {"cpu": object(), None: Device("9.0")}
+    monkeypatch.setattr(jax, "devices", lambda platform=None: [first[platform]])
+    assert dispatch.cuda_capability() == H100
+    for default in (cpu, "cpu"):
+        with jax.default_device(default):
+            assert dispatch.cuda_capability() is None
 
 
 def test_foreign_scopes_are_not_products():

@@ -93,7 +93,9 @@ def test_each_weight_draws_its_own_random_numbers_and_x_one_set():
     x, ws, gs = arguments()
     ws = {"a": ws["k"], "b": ws["k"]}
     gs = {"a": gs["k"], "b": gs["k"]}
-    ys, _, dws = together(x, ws, gs, get_recipe("quartet:y=bf16"))
+    ys, dx, dws = together(x, ws, gs, get_recipe("quartet:y=bf16"))
+    _, dx_of_one, _ = together(x, {"a": ws["a"]}, {"a": gs["a"]}, get_recipe("quartet:y=bf16"))
+    assert jnp.any(dx != 2 * dx_of_one)
     np.testing.assert_array_equal(ys["a"], ys["b"])
     assert jnp.any(dws["a"] != dws["b"])  # of one gradient, rounded twice
     ys, _, _ = together(x, ws, gs, get_recipe("fp8_weights_sr"))

@@ -10,22 +10,26 @@ import pytest
 
 from pallas_kernels import measure as module
 from pallas_kernels.measure import (
-    BF16,
-    FP8,
+    Build,
     Case,
     Comparison,
-    DataSheet,
-    Measurement,
     Program,
-    data_sheet,
-    floor_s,
     jitted,
     kernel_obstacle,
     measure,
-    show_rate,
-    show_time,
+    measure_all,
     time_in_turn,
     tree_bytes,
+)
+from pallas_kernels.measurement import (
+    BF16,
+    FP8,
+    DataSheet,
+    Measurement,
+    data_sheet,
+    floor_s,
+    show_rate,
+    show_time,
 )
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -47,6 +51,15 @@ class Clock:
             return self.now
 
         return Program(call, fields.pop("flops", {}), fields.pop("bytes", 0), **fields)
+
+
+def ready(make):
+    """A builder with nothing to compile: `make` gets the inputs."""
+    return lambda shapes: Build(None, lambda compiled, inputs: make(inputs))
+
+
+def fails(*args):
+    raise RuntimeError("no such kernel")
 
 
 @pytest.fixture
@@ -72,8 +85,8 @@ def test_a_time_is_that_of_one_unit_of_work_of_one_call(clock):
 def test_ratios_compare_neighbours_in_time(clock):
     # Both slow down by 4 together, as a device does that lowers its clock, between the repeats.
     programs = {"slow": clock.program([2.0, 8.0, 8.0]), "fast": clock.program([1.0, 4.0, 4.0])}
-    cases = tuple(Case(name, lambda inputs, p=program: p) for name, program in programs.items())
-    comparison = Comparison("g", "w", lambda: (), cases, ("slow", "absent"), calls=1)
+    cases = tuple(Case(name, ready(lambda _, p=p: p)) for name, p in programs.items())
+    comparison = Comparison("g", "w", lambda key: (), cases, ("slow", "absent"), calls=1)
     slow, fast = measure(comparison, repeats=3, warmups=3)
     assert fast.ratios == {"slow": 2.0}
     assert slow.ratios == {}
@@ -123,47 +136,42 @@ def test_calls_are_bound_by_launches_if_queueing_takes_all_their_time(
 
 
 @pytest.mark.parametrize(
-    ("capability", "said"),
-    [("8.0", "this device has 8.0"), ("gfx942", "no CUDA device"), (None, "no CUDA device")],
+    ("capability", "said"), [((8, 0), "this device has 8.0"), (None, "no CUDA device")]
 )
 def test_devices_without_the_kernels_say_why(capability, said, monkeypatch):
-    device = (
-        object() if capability is None else types.SimpleNamespace(compute_capability=capability)
-    )
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(module, "cuda_capability", lambda: capability)
     assert said in kernel_obstacle()
 
 
 def test_a_failing_case_and_a_skipped_one_leave_the_others_alone(clock):
-    def fails(inputs):
-        raise RuntimeError("no such kernel")
-
-    def fails_when_called(inputs):
-        return dataclasses.replace(clock.program([1.0]), call=lambda: fails(inputs))
-
+    fails_to_compile = types.SimpleNamespace(compile=fails)
+    fails_when_called = dataclasses.replace(clock.program([1.0]), call=fails)
     cases = (
         Case("a", fails),
-        Case("b", fails_when_called),
-        Case("c", fails, obstacle=lambda: "no CUDA device"),
-        Case("d", lambda inputs: clock.program([inputs])),
+        Case("b", lambda shapes: Build(fails_to_compile, fails)),
+        Case("c", ready(lambda _: fails_when_called)),
+        Case("d", fails, obstacle=lambda: "no CUDA device"),
+        Case("e", ready(lambda inputs: clock.program([float(inputs)]))),
     )
     said = []
-    rows = measure(Comparison("g", "w", lambda: 4.0, cases, ("a",)), repeats=2, say=said.append)
-    assert [row.status for row in rows] == ["failed", "failed", "skipped", "measured"]
-    assert rows[0].note == rows[1].note == "RuntimeError: no such kernel"
-    assert rows[2].note == "no CUDA device"
-    assert rows[3].median_s == 4.0
-    assert len(said) == 4
+    comparison = Comparison("g", "w", lambda key: jnp.float32(4.0), cases, ("a",))
+    rows = measure(comparison, repeats=2, say=said.append)
+    assert [row.status for row in rows] == ["failed", "failed", "failed", "skipped", "measured"]
+    assert {row.note for row in rows[:3]} == {"RuntimeError: no such kernel"}
+    assert rows[3].note == "no CUDA device"
+    assert rows[4].median_s == 4.0
+    for name in "abcd":  # never silently
+        assert any(text.startswith(f"w: {name} ") for text in said)
 
 
 def test_inputs_that_cannot_be_made_fail_their_cases_once():
     attempts = []
 
-    def inputs():
+    def inputs(key):
         attempts.append(0)
         raise MemoryError("too large")
 
-    cases = tuple(Case(name, lambda inputs: None) for name in "ab")
+    cases = tuple(Case(name, fails) for name in "ab")
     rows = measure(Comparison("g", "w", inputs, cases))
     assert [row.note for row in rows] == ["MemoryError: too large"] * 2
     assert len(attempts) == 1
@@ -176,17 +184,66 @@ def test_a_failure_while_timing_fails_what_was_timed():
         if next(calls) == 4:
             raise RuntimeError("illegal address")
 
-    cases = (Case("a", lambda inputs: Program(call, {}, 0)),)
-    (row,) = measure(Comparison("g", "w", lambda: (), cases), warmups=3, repeats=2)
+    cases = (Case("a", ready(lambda _: Program(call, {}, 0))),)
+    (row,) = measure(Comparison("g", "w", lambda key: (), cases), warmups=3, repeats=2)
     assert (row.status, row.note) == ("failed", "RuntimeError: illegal address")
 
 
+def test_everything_is_compiled_before_anything_runs_and_rows_keep_their_order():
+    events = []
+
+    class Lowered:
+        def __init__(self, name):
+            self.name = name
+
+        def compile(self):
+            events.append("compile")
+            return self.name
+
+    def bind(name, inputs):
+        return Program(lambda: events.append(name), {}, 0)
+
+    def comparison(work):
+        names = (f"{work}1", f"{work}2")
+        cases = tuple(Case(n, lambda shapes, n=n: Build(Lowered(n), bind)) for n in names)
+        return Comparison("g", work, lambda key: (), cases, calls=1)
+
+    rows = list(measure_all([comparison("a"), comparison("b")], repeats=1, warmups=0))
+    assert events == ["compile"] * 4 + ["a1", "a2", "b1", "b2"]
+    assert [row.name for both in rows for row in both] == ["a1", "a2", "b1", "b2"]
+
+
+def test_times_of_kernels_are_of_one_unit_and_compared_too(clock):
+    programs = {"slow": clock.program([3.0], units=3), "fast": clock.program([1.0])}
+    device = {programs["slow"].call: 3.0, programs["fast"].call: 0.25}
+    cases = tuple(Case(name, ready(lambda _, p=p: p)) for name, p in programs.items())
+    comparison = Comparison("g", "w", lambda key: (), cases, ("slow",), is_profiled=True)
+    slow, fast = measure(comparison, repeats=1, device_seconds=device.get)
+    assert (slow.device_s, slow.device_ratios) == (1.0, {})
+    assert (fast.device_s, fast.device_ratios) == (0.25, {"slow": 4.0})
+    assert fast.device_note == "kernels 250 ms, 4.00 x slow"
+    unknown, _ = measure(comparison, repeats=1)
+    assert unknown.device_s is None
+    assert unknown.device_note == ""
+
+
 def test_a_jitted_function_counts_arguments_and_results_once():
-    x = jnp.zeros((8, 4), jnp.bfloat16)
-    program = jitted(lambda x: (x, x.astype(jnp.float32)), (x,), note="here")
+    x = jnp.ones((8, 4), jnp.bfloat16)
+    builder = jitted(
+        lambda x: (2 * x, x.astype(jnp.float32)),
+        lambda inputs: (inputs["x"],),
+        note="here",
+        units=lambda args: len(args),
+    )
+    build = builder({"x": jax.ShapeDtypeStruct(x.shape, x.dtype)})
+    program = build.bind(build.lowered.compile(), {"x": x})
     assert program.bytes == 64 + 64 + 128
-    assert program.note == "here"
-    assert program.call()[1].dtype == jnp.float32
+    assert (program.note, program.units) == ("here", 1)
+    first = program.call()
+    doubled, wide = program.call()
+    assert first[0].is_deleted()  # its memory is that of the second call's result
+    assert (doubled == 2).all()
+    assert wide.dtype == jnp.float32
 
 
 def test_bytes_of_shapes_are_those_of_arrays():

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from pallas_kernels.folded import fold, pack_mask
 from pallas_kernels.scaled_matmul import Config, choose_config, scaled_matmul
 from pallas_kernels.scaled_matmul import scaled_matmul_reference as reference
 from pallas_kernels.scaled_matmul.epilogue import Epilogue
-from pallas_kernels.scaled_matmul.tuning import CONFIGS, lowering_cases
+from pallas_kernels.scaled_matmul.tuning import CONFIGS, Shares, lowering_cases, share_out
 from pallas_kernels.testing import assert_bitwise_equal, run_interpreted
 
 needs_mosaic = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosaic_obstacle()))
@@ -42,9 +43,12 @@ def dyadic_operands(seed, m, n, k, a_dtype=E4M3, b_dtype=E4M3):
     return (a.astype(a_dtype), b.astype(b_dtype), a_scales, b_scales), mask
 
 
-def assert_equals_reference(operands, mask=None, run=run_interpreted, interpret=True, **options):
+def assert_equals_reference(
+    operands, mask=None, run=run_interpreted, interpret=True, num_cores=None, **options
+):
     """The kernel equals the reference bitwise."""
     config = options.pop("config", None)
+    run = functools.partial(run, num_cores=num_cores) if num_cores else run
 
     def kernel(*args):
         return scaled_matmul(
@@ -142,10 +146,10 @@ def test_what_is_not_covered_is_refused(options, message):
 
 
 @needs_mosaic
-def test_two_e5m2_operands_are_refused():
+def test_operands_of_other_dtypes_are_refused():
     a = jnp.zeros((64, 128), E5M2)
-    with pytest.raises(NotImplementedError, match="got float8_e5m2 and float8_e5m2"):
-        scaled_matmul(a, a)
+    with pytest.raises(NotImplementedError, match="got float8_e5m2 and bfloat16"):
+        scaled_matmul(a, a.astype(BF16))
 
 
 @pytest.mark.parametrize(
@@ -164,12 +168,45 @@ def test_a_config_that_cannot_be_is_refused(changes, message):
         Config(**changes)
 
 
-def test_small_products_get_small_tiles():
+@pytest.mark.parametrize(
+    ("m", "n", "dtype", "name"),
+    [
+        (16384, 4096, E4M3, "fp8_192x128_pairs"),  # 20.85 rounds
+        (16384, 2048, E4M3, "fp8_192x128_pairs"),  # 10.4 rounds, 11 as no bands fit
+        (16384, 640, E4M3, "fp8_192x128"),  # 5 columns of tiles, which pairs make 6
+        (1024, 1024, E4M3, "fp8_128x128"),  # 128 bands, not 64 tiles
+        (16384, 4096, BF16, "bf16_128x256"),
+        (1024, 1024, BF16, "bf16_128x128"),
+    ],
+)
+def test_the_entry_with_the_shortest_rounds_is_chosen(m, n, dtype, name):
     plain = Epilogue(np.dtype(BF16))
-    assert choose_config(16384, 4096, E4M3, plain) == CONFIGS["fp8_192x128"]
-    assert choose_config(1024, 1024, E4M3, plain) == CONFIGS["fp8_128x128"]
-    assert choose_config(16384, 4096, BF16, plain) == CONFIGS["bf16_128x256"]
-    assert choose_config(1024, 1024, BF16, plain) == CONFIGS["bf16_128x128"]
+    full = Epilogue(np.dtype(BF16), "scalar", "scalar", has_mask=True, inverse_hadamard=32)
+    assert choose_config(m, n, dtype, plain) == CONFIGS[name]
+    assert choose_config(m, n, dtype, full) == CONFIGS[name]
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        (4096, "fp8_192x128_pairs"),  # 5 rounds and one of bands
+        (2048, "fp8_128x128"),  # 1.94 rounds, not 1 and one of bands
+    ],
+)
+def test_gradients_get_the_entry_that_was_fastest(size, name):
+    gradient = Epilogue(np.dtype(F32), "scalar", "scalar", has_mask=True, inverse_hadamard=32)
+    assert choose_config(size, size, E5M2, gradient) == CONFIGS[name]
+
+
+@needs_mosaic
+def test_tiles_of_a_last_round_are_cut_into_bands_where_there_are_blocks():
+    single, pairs = CONFIGS["fp8_192x128"], CONFIGS["fp8_192x128_pairs"]
+    with abstract_hopper():
+        # 22 x 32 tiles are 5 x 132 and 44, of three bands each; or 22 x 16 pairs for 66.
+        assert share_out(4096, 4096, single) == Shares((22, 32), 660, 132, 132)
+        assert share_out(4096, 4096, pairs) == Shares((22, 16), 330, 66, 66)
+        # 86 x 16 tiles leave 56, whose 168 bands are too many.
+        assert share_out(16384, 2048, single) == Shares((86, 16), 1376, 0, 132)
 
 
 def test_a_large_epilogue_gets_a_tile_that_fits():
@@ -180,7 +217,8 @@ def test_a_large_epilogue_gets_a_tile_that_fits():
 # The kernel, interpreted
 
 
-CASES = {
+E5M2S = {"a_dtype": E5M2, "b_dtype": E5M2}
+CASES = {  # shape, dtypes, options; on one core no tile is cut into bands
     "every_tile_replaces_scales_and_mask": (  # what only their own barriers order: k ends early
         (256, 384, 256),
         {},
@@ -189,7 +227,12 @@ CASES = {
     "unpromoted_no_transform_float32": (
         (128, 256, 384),
         {},
-        {"config": CONFIGS["fp8_128x256_unpromoted"], "out_dtype": F32},
+        {"config": CONFIGS["fp8_128x256_unpromoted"], "out_dtype": F32, "num_cores": 1},
+    ),
+    "unpromoted_bands": (
+        (128, 256, 384),
+        {},
+        {"config": CONFIGS["fp8_128x256_unpromoted"], "has_bands": True},
     ),
     "parts_of_wide_tiles_take_turns": (
         (200, 512, 128),
@@ -204,7 +247,7 @@ CASES = {
     "chains_with_a_rest_mask": (
         (128, 128, 896),
         {},
-        {"config": Config(stages=3, promote=2, overlap=2), "mask": True},
+        {"config": Config(stages=3, promote=2, overlap=2), "mask": True, "num_cores": 1},
     ),
     "wide_tile_float32_hadamard_in_two_terms": (
         (128, 192, 512),
@@ -213,25 +256,67 @@ CASES = {
             "config": Config(tile_n=192, stages=2),
             "inverse_hadamard": 64,
             "out_dtype": F32,
+            "num_cores": 1,
         },
     ),
-    "multicast_b_odd_tiles": (
-        (384, 128, 256),
+    "pairs_odd_tiles_mask": (
+        (128, 384, 256),
         {},
-        {"config": Config(stages=2, multicast="b"), "mask": True},
+        {"config": Config(stages=2, multicast=True), "mask": True},
     ),
-    "multicast_a_odd_tiles": ((128, 384, 256), {}, {"config": Config(stages=2, multicast="a")}),
+    "bands_after_whole_tiles": (
+        (256, 384, 384),
+        E5M2S,
+        {
+            "config": Config(stages=2, promote=1),
+            "mask": True,
+            "inverse_hadamard": 32,
+            "out_dtype": F32,
+            "num_cores": 5,
+            "has_bands": True,
+        },
+    ),
+    "pairs_of_bands": (
+        (128, 256, 384),
+        {},
+        {
+            "config": Config(stages=2, multicast=True),
+            "mask": True,
+            "num_cores": 4,
+            "has_bands": True,
+        },
+    ),
+    "consumers_without_rows": (
+        (136, 64, 384),
+        E5M2S,
+        {"config": Config(tile_m=192, tile_n=64, consumers=3, stages=2), "mask": True},
+    ),
     "bfloat16_hadamard_128": (
         (64, 256, 256),
         {"a_dtype": BF16, "b_dtype": BF16},
-        {"config": CONFIGS["bf16_128x256"], "inverse_hadamard": 128, "mask": True},
+        {
+            "config": CONFIGS["bf16_128x256"],
+            "inverse_hadamard": 128,
+            "mask": True,
+            "num_cores": 1,
+        },
     ),
     "float32_hadamard_128_mask": (
         (64, 128, 256),
         {},
-        {"config": Config(stages=2), "inverse_hadamard": 128, "out_dtype": F32, "mask": True},
+        {
+            "config": Config(stages=2),
+            "inverse_hadamard": 128,
+            "out_dtype": F32,
+            "mask": True,
+            "num_cores": 1,
+        },
     ),
-    "e5m2_ragged_all_over": ((5, 72, 200), {"a_dtype": E5M2}, {"config": Config(stages=2)}),
+    "band_without_rows_ragged_all_over": (
+        (5, 72, 200),
+        {"a_dtype": E5M2},
+        {"config": Config(stages=2), "has_bands": True},
+    ),
     "hadamard_16_chosen_config_e5m2_weights": (
         (64, 64, 128),
         {"b_dtype": E5M2},
@@ -246,17 +331,28 @@ def test_the_kernel_equals_the_reference_bitwise(case):
     shape, dtypes, options = CASES[case]
     options = dict(options)
     operands, mask = dyadic_operands(0, *shape, **dtypes)
-    masked = options.pop("mask", False)
+    masked, has_bands = options.pop("mask", False), options.pop("has_bands", False)
+    if "config" in options:
+        with abstract_hopper(options.get("num_cores", 2)):
+            shares = share_out(shape[0], shape[1], options["config"])
+            assert bool(shares.bands) == has_bands
     assert_equals_reference(operands, mask if masked else None, **options)
 
 
 @needs_mosaic
-@pytest.mark.parametrize("scales", [(None, None), ("scalar", None), (None, "rows")], ids=str)
-def test_scales_are_optional(scales):
-    (a, b, a_scales, b_scales), _ = dyadic_operands(1, 64, 64, 128)
-    shapes = {None: lambda s: None, "scalar": lambda s: s[3], "rows": lambda s: s}
-    operands = (a, b, shapes[scales[0]](a_scales), shapes[scales[1]](b_scales))
-    assert_equals_reference(operands, config=Config(stages=2))
+@pytest.mark.parametrize(
+    ("a_kind", "b_kind"),
+    [(None, None), ("scalar", None), (None, "rows"), ("scalar", "scalar"), ("rows", "scalar"),
+     ("scalar", "rows")],
+)  # fmt: skip
+def test_scales_of_rows_or_of_all_are_optional(a_kind, b_kind):
+    (a, b, _, _), _ = dyadic_operands(1, 64, 64, 128, E5M2, E4M3)
+    rng = np.random.default_rng(1)
+    # Any numbers: what is multiplied with what shows in the last bit.
+    scales = [jnp.asarray(rng.uniform(0.5, 2, 64), F32) for _ in range(2)]
+    kinds = {None: lambda s: None, "scalar": lambda s: s[3], "rows": lambda s: s}
+    operands = (a, b, kinds[a_kind](scales[0]), kinds[b_kind](scales[1]))
+    assert_equals_reference(operands, config=Config(stages=2), out_dtype=F32)
 
 
 @needs_mosaic
@@ -315,10 +411,29 @@ def test_every_entry_lowers_and_fits_into_shared_memory(case):
     (found,) = (c for c in lowering_cases() if c[0] == case)
     _, fn, args = found
     with abstract_hopper():
+        shares = share_out(args[0].shape[0], args[1].shape[0], fn.keywords["config"])
+        assert min(shares.whole, shares.bands) > 0
         lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",))
     assert kernel_names(lowered.as_text()) == ["lowbit_scaled_matmul"]
     (size,) = shared_memory_bytes(lowered)
     assert size <= 227 * 1024  # what a block may have on an H100
+
+
+@needs_mosaic
+def test_only_the_kernel_runs_where_nothing_is_ragged():
+    # 16384 is no multiple of 192, and there are as many scales.
+    m, n, k = 16384, 2048, 2048
+    args = [jax.ShapeDtypeStruct((rows, k), E5M2) for rows in (m, n)]
+    args += [jax.ShapeDtypeStruct(shape, F32) for shape in ((m,), ())]
+    args.append(jax.ShapeDtypeStruct((n // 32, m), jnp.uint32))
+
+    def product(a, b, a_scales, b_scale, mask):
+        return scaled_matmul(a, b, a_scales, b_scale, mask=mask, inverse_hadamard=32)
+
+    module = lower_for_hopper(product, *args)
+    assert kernel_names(module) == ["lowbit_scaled_matmul"]
+    found = set(re.findall(r"stablehlo\.(\w+)", module))
+    assert found == {"custom_call", "constant", "reshape"}  # of which only the first does anything
 
 
 @needs_mosaic
@@ -340,17 +455,24 @@ def run_on_device(fn, *args):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_device_equals_the_reference_bitwise(name, seed):
-    dtype = BF16 if name.startswith("bf16") else E4M3
-    # Two tiles or more for each of 132 multiprocessors, so that every slot is used again.
-    operands, mask = dyadic_operands(seed, 3000, 3072, 1024, dtype, dtype)
+    # e5m2 in one test, e4m3 in the other.
+    dtype = BF16 if name.startswith("bf16") else (E4M3, E5M2)[seed]
+    config = CONFIGS[name]
+    # Two tiles or more for each of 132 multiprocessors, so that every slot is used again; bands
+    # follow; and of three consumers two have no rows of the last tiles.
+    m, n = 2904, 3200
+    operands, mask = dyadic_operands(seed, m, n, 1024, dtype, dtype)
+    shares = share_out(m, n, config)
+    assert shares.whole >= 2 * shares.slots
+    assert shares.bands > 0
     for options in (
         {},
         {"out_dtype": F32, "inverse_hadamard": 16},
         {"inverse_hadamard": 32, "mask": mask},
-        {"inverse_hadamard": 64 if CONFIGS[name].tile_n % 128 else 128, "mask": mask},
+        {"inverse_hadamard": 128, "mask": mask},
     ):
         assert_equals_reference(
-            operands, run=run_on_device, interpret=False, config=CONFIGS[name], **options
+            operands, run=run_on_device, interpret=False, config=config, **options
         )
 
 
