@@ -52,7 +52,7 @@ class Call:
         )
 
     @property
-    def back_rotation(self) -> int | None:
+    def inverse_hadamard(self) -> int | None:
         """Block size of the rotation of y, if our kernel can undo it after a backward product."""
         rotation = self.recipe.rotation_of("y")
         if not isinstance(rotation, Hadamard) or rotation.needs_key:

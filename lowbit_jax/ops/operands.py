@@ -170,9 +170,9 @@ def masked_gradient(
         sum_dtype = jnp.promote_types(out_dtype, jnp.float32)
         return functools.reduce(jnp.add, [t.astype(sum_dtype) for t in terms]).astype(out_dtype)
 
-    is_covered = rotation is None or call.back_rotation is not None
+    is_covered = rotation is None or call.inverse_hadamard is not None
     if call.uses_kernel(product) and is_covered and (mask is None or is_packed):
-        return total(mask=mask, inverse_hadamard=call.back_rotation)
+        return total(mask=mask, inverse_hadamard=call.inverse_hadamard)
     z = total()
     if mask is not None:
         z = jnp.where(unpack_mask(mask) if is_packed else mask, z, 0)

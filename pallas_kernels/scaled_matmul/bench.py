@@ -20,8 +20,7 @@ from lowbit_jax.numerics import MXFP4, dequantize, quantize
 from pallas_kernels.folded import fold, pack_mask
 from pallas_kernels.measure import Case, Comparison, jitted, kernel_obstacle, print_comparisons
 from pallas_kernels.measurement import BF16, FP8
-from pallas_kernels.scaled_matmul.op import scaled_matmul
-from pallas_kernels.scaled_matmul.tuning import CONFIGS
+from pallas_kernels.scaled_matmul.tuning import CONFIGS, with_epilogue
 
 # m, n, k: layers of 4096 and 2048 wide models, an MLP of 14336, and the 30M model.
 SHAPES = (
@@ -51,14 +50,6 @@ def _xla_scaled(a, b, a_scales, b_scales):
     return (_xla(a, b, jnp.float32) * a_scales[:, None] * b_scales).astype(jnp.bfloat16)
 
 
-def _kernel(a, b, a_scales, b_scales, mask=None, *, config, out_dtype=jnp.bfloat16):
-    inverse_hadamard = None if mask is None else 32
-    return scaled_matmul(
-        a, b, a_scales, b_scales, mask=mask, inverse_hadamard=inverse_hadamard,
-        out_dtype=out_dtype, config=config,
-    )  # fmt: skip
-
-
 def comparison(shape: tuple[int, int, int], schedules: Sequence[str] = ()) -> Comparison:
     """XLA's products; the chosen entry, then those named, with scales, and with all it can do.
 
@@ -73,7 +64,7 @@ def comparison(shape: tuple[int, int, int], schedules: Sequence[str] = ()) -> Co
     scaled = _case(XLA_FP8_SCALED, _xla_scaled, {FP8: flops}, lambda i: (*i["fp8"], *i["rows"]))
     cases = [*_xla_cases(flops, jnp.bfloat16), scaled]
     for label, config in _schedules(schedules):
-        fn = functools.partial(_kernel, config=config)
+        fn = functools.partial(with_epilogue, config=config)
         cases += [
             _kernel_case(f"{label}, scales", fn, flops, ()),
             _kernel_case(f"{label}, scales, mask, inverse Hadamard", fn, flops, ("mask",)),
@@ -86,7 +77,7 @@ def gradient_comparison(shape: tuple[int, int, int], schedules: Sequence[str] = 
     flops = _flops(shape)
     cases = _xla_cases(flops, jnp.float32)
     for label, config in _schedules(schedules):
-        fn = functools.partial(_kernel, config=config, out_dtype=jnp.float32)
+        fn = functools.partial(with_epilogue, config=config, out_dtype=jnp.float32)
         cases.append(_kernel_case(label, fn, flops, ("mask",)))
     return _comparison("gradient", shape, cases)
 

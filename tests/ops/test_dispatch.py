@@ -127,6 +127,8 @@ def test_block_scaled_units_are_used_by_name_only():
     assert by_name == ("blackwell", "asked for by name")
     with pytest.raises(NotImplementedError, match=r"capability 10.0, this device has 9.0"):
         dispatch.choose("y", MXFP4, MXFP4, "blackwell", H100)
+    with pytest.raises(NotImplementedError, match="results are bfloat16, float16 or float32"):
+        dispatch.choose("y", MXFP4, MXFP4, "blackwell", BLACKWELL, dtypes=(np.float64,))
 
 
 def test_float8_formats_with_one_scale_a_tensor_are_kept_as_codes():
