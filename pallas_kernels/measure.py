@@ -2,6 +2,10 @@
 
 All programs are compiled before the first one is timed: XLA runs kernels on the device to choose
 among them, and a new program takes the CUDA graphs of the older ones from the device.
+
+A GPU at its power limit sets its clock by what ran in the last tenths of a second: just after a
+program that heats more, another is slower than it is by itself, and the other way round. So each
+runs for a while before it is timed.
 """
 
 import concurrent.futures
@@ -152,7 +156,7 @@ def kernel_obstacle() -> str | None:
 
 
 def time_in_turn(
-    programs: dict[str, Program], *, repeats: int, calls: int
+    programs: dict[str, Program], *, repeats: int, calls: int, settle_s: float = 0.0
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds for a unit of work, and the host's share of it: A B C, A B C, and so on.
 
@@ -160,6 +164,8 @@ def time_in_turn(
       programs: By name; each has run before.
       repeats: Measurements of each.
       calls: Queued in each of them, then waited for together.
+      settle_s: Seconds that a program runs right before each of its measurements, at least; none
+        for 0.
 
     Returns:
       Two lists a program, in the order of the repeats.
@@ -168,15 +174,23 @@ def time_in_turn(
     host: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                out = program.call()
-            queued = time.perf_counter()
-            jax.block_until_ready(out)
-            end = time.perf_counter()
+            settled = time.perf_counter() + settle_s
+            while settle_s and time.perf_counter() < settled:
+                _run(program, calls)
+            start, queued, end = _run(program, calls)
             times[name].append((end - start) / (calls * program.units))
             host[name].append((queued - start) / (end - start))
     return times, host
+
+
+def _run(program: Program, calls: int) -> tuple[float, float, float]:
+    """When calls began, when all were queued, and when all had ended."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        out = program.call()
+    queued = time.perf_counter()
+    jax.block_until_ready(out)
+    return start, queued, time.perf_counter()
 
 
 def measure(comparison: Comparison, **options: Any) -> list[Measurement]:
@@ -190,6 +204,7 @@ def measure_all(
     *,
     repeats: int = 20,
     warmups: int = 3,
+    settle_s: float = 0.0,
     say: Callable[[str], None] = lambda text: None,
     device_seconds: Callable[[Callable[[], Any]], float | None] = lambda call: None,
 ) -> Iterator[list[Measurement]]:
@@ -201,6 +216,7 @@ def measure_all(
       comparisons: What to measure.
       repeats: Measurements of each case.
       warmups: Calls of each case before.
+      settle_s: See `time_in_turn`.
       say: Gets a line of progress now and then, from any thread.
       device_seconds: Seconds that the kernels of a call run, by a profiler, or None.
 
@@ -210,7 +226,8 @@ def measure_all(
     plans = [_Plan(comparison) for comparison in comparisons]
     _compile(plans, say)
     for plan in plans:
-        yield _time(plan, repeats, warmups, say, device_seconds)
+        turns = {"repeats": repeats, "calls": plan.comparison.calls, "settle_s": settle_s}
+        yield _time(plan, warmups, turns, say, device_seconds)
 
 
 class _Plan:
@@ -295,7 +312,9 @@ def _compile(plans: list[_Plan], say) -> None:
     say(f"all compiled in {time.perf_counter() - start:.1f} s")
 
 
-def _time(plan: _Plan, repeats: int, warmups: int, say, device_seconds) -> list[Measurement]:
+def _time(
+    plan: _Plan, warmups: int, turns: dict[str, Any], say, device_seconds
+) -> list[Measurement]:
     comparison = plan.comparison
     programs: dict[str, Program] = {}
     inputs = None
@@ -319,7 +338,7 @@ def _time(plan: _Plan, repeats: int, warmups: int, say, device_seconds) -> list[
         programs[case.name] = program
     device: dict[str, float] = {}
     try:
-        times, host = time_in_turn(programs, repeats=repeats, calls=comparison.calls)
+        times, host = time_in_turn(programs, **turns)
         if comparison.is_profiled:
             found = {name: device_seconds(program.call) for name, program in programs.items()}
             device = {n: s / programs[n].units for n, s in found.items() if s is not None}
@@ -339,6 +358,7 @@ def _time(plan: _Plan, repeats: int, warmups: int, say, device_seconds) -> list[
         else:
             program = programs[case.name]
             row = _filled(row, program, times, host, device, comparison.baselines)
+            row = dataclasses.replace(row, settle_s=turns["settle_s"])
         rows.append(row)
     return rows
 

@@ -63,6 +63,7 @@ class Measurement:
       device_s: Seconds that kernels ran for a unit of work, by the profiler, without what lies
         between them; None where it was not asked for.
       device_ratios: As `ratios`, of `device_s`.
+      settle_s: Seconds that the case ran by itself before each measurement.
     """
 
     group: str
@@ -85,6 +86,7 @@ class Measurement:
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
     device_s: float | None = None
     device_ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+    settle_s: float = 0.0
 
     @property
     def flops_per_s(self) -> float | None:

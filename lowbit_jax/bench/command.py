@@ -19,6 +19,8 @@ from pallas_kernels.measure import measure_all
 from pallas_kernels.measurement import Measurement
 
 _MODULE = "lowbit_jax.bench.command"  # this file, also where it is the main program
+# Within which an H100 has the clock that a program's power allows, after one of another power.
+_SETTLE_S = 0.25
 _WIDTH = 180  # of the table where the output is no terminal
 
 
@@ -81,7 +83,12 @@ def _measure_group(
     say(f"{group} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     rows = []
     comparisons = GROUPS[group](tiny)
-    options: dict[str, Any] = {"repeats": repeats, "say": say, "device_seconds": device_seconds}
+    options: dict[str, Any] = {
+        "repeats": repeats,
+        "settle_s": _SETTLE_S if jax.default_backend() == "gpu" else 0.0,
+        "say": say,
+        "device_seconds": device_seconds,
+    }
     for measured in measure_all(comparisons, **options):
         rows += measured
         for row in measured:

@@ -86,10 +86,13 @@ def markdown(rows: Sequence[Measurement]) -> str:
 def caption(rows: Sequence[Measurement]) -> str:
     """Where and how the rows were measured, and on what they are based."""
     origins = sorted({f"{row.device}, jax {row.jax_version}" for row in rows if row.device})
-    repeats = sorted({row.repeats for row in rows if row.repeats})
+    measured = [row for row in rows if row.repeats]
+    repeats = sorted({row.repeats for row in measured})
+    settle_s = sorted({row.settle_s for row in measured})
     return (
         f"{'; '.join(origins)}. Medians of {' or '.join(map(str, repeats)) or 'no'} measurements,"
-        " each the mean of queued calls; the rows of a work in turn, speeds from neighbours."
+        " each the mean of queued calls; the rows of a work in turn, each after"
+        f" {' or '.join(f'{s:g}' for s in settle_s) or 'no'} s by itself; speeds from neighbours."
         " Floor: the larger of FLOPs over peak and bytes over bandwidth by the data sheet; MFU"
         " over the bf16 peak."
     )
