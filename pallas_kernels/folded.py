@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float8e4m3fn, Float8e5m2, Float32, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float8e4m3fn, Float8e5m2, Float32, UInt32
 
 from lowbit_jax.numerics.floats import floor_log2, power_of_two
 from lowbit_jax.numerics.formats import E4M3, E5M2, Format, decode, unpack
@@ -43,13 +43,14 @@ class Folded(NamedTuple):
     Attributes:
       values: `(rows, c)`. Of blocks with power-of-two scales: e5m2, the code times the block's
         scale over `scales`, at most 49152 for e2m1, and NaN for a block with a NaN or an infinity.
-        Else e4m3, or e5m2 for codes that are.
+        Else e4m3, or e5m2 for codes that are. Of NVFP4, as `rotate_quantize` makes it, bfloat16:
+        the level times the e4m3 scale of its block, which has 6 significant bits.
       scales: float32 `()` for the whole matrix or `(rows,)`, with the global scale. Of formats with
         one scale a row or a tensor NaN where there was a NaN or an infinity, so that all of the row
         or tensor is; its values are arbitrary then.
     """
 
-    values: Float8e4m3fn[Array, "rows c"] | Float8e5m2[Array, "rows c"]
+    values: Float8e4m3fn[Array, "rows c"] | Float8e5m2[Array, "rows c"] | BFloat16[Array, "rows c"]
     scales: Float32[Array, " rows"] | Float32[Array, ""]
 
 

@@ -62,14 +62,16 @@ class Call:
     def target(self, product: Product, spec: QuantSpec | None) -> Target | None:
         """What the kernel is to make for a product; None if the operand is made without it."""
         path = self.plan(product).path
-        if spec is None or path not in ("hopper", "fp8"):
+        if spec is None or path not in ("hopper", "fp8", "hopper_bf16"):
             return None
         rotation = self.recipe.rotation_of(product)
         if path == "fp8" and dispatch.quantizer_obstacle(
             spec, rotation, dispatch.cuda_capability(), self.x_dtype, self.shape
         ):
             return None
-        assert rotation is None or isinstance(rotation, Hadamard)  # as both demand
+        if path == "hopper_bf16" and dispatch.nvfp4_obstacle(spec, rotation, (self.x_dtype,)):
+            return None
+        assert rotation is None or isinstance(rotation, Hadamard)  # as all demand
         return Target(spec, rotation)
 
     def uses_kernel(self, product: Product) -> bool:

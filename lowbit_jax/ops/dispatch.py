@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from lowbit_jax.numerics import E4M3, E5M2, QTensor, QuantSpec
+from lowbit_jax.numerics.spec import E4M3_RULES
 from lowbit_jax.ops import blackwell, products
 from lowbit_jax.ops.dot_recipe import Product
 from lowbit_jax.ops.products import Operand
@@ -205,6 +206,30 @@ def _hopper_formats(
     return None
 
 
+def nvfp4_obstacle(
+    spec: QuantSpec, rotation: Rotation | None, dtypes: Sequence[DTypeLike]
+) -> str | None:
+    """Why `rotate_quantize` does not make an NVFP4 operand of this spec in bfloat16, or None."""
+    if spec.scale not in E4M3_RULES:
+        return f"{spec} has no e4m3 scales"
+    return _operand_obstacle(spec, rotation, dtypes)
+
+
+def _nvfp4_formats(
+    a: QuantSpec | None,
+    b: QuantSpec | None,
+    rotation: Rotation | None,
+    is_kept: bool,
+    dtypes: Sequence[DTypeLike],
+) -> str | None:
+    """One operand for the kernel is enough; XLA makes what it does not cover."""
+    made = [spec for spec in (a, None if is_kept else b) if spec is not None]
+    obstacles = [nvfp4_obstacle(spec, rotation, dtypes) for spec in made]
+    if not obstacles:
+        return "no operand is quantized for it"
+    return None if None in obstacles else obstacles[0]
+
+
 def _operand_obstacle(
     spec: QuantSpec, rotation: Rotation | None, dtypes: Sequence[DTypeLike]
 ) -> str | None:
@@ -304,6 +329,8 @@ _PATHS: dict[str, _Path] = {
     "fp8": _Path(_float8_formats, _nothing, _float8_doubt, _float8),
     "hopper": _Path(_hopper_formats, compat.hopper_obstacle, _kernel_doubt, products.by_kernel),
     "dequantize": _Path(_nothing, _nothing, _nothing, products.dequantized),
+    # Neither has run on such a GPU.
+    "hopper_bf16": _Path(_nvfp4_formats, compat.hopper_obstacle, _nothing, products.dequantized),
     "blackwell": _Path(
         blackwell.formats_obstacle, blackwell.device_limit, _nothing, blackwell.block_scaled
     ),

@@ -135,14 +135,19 @@ def backward_operand(
     saved = _rows(_operand(saved, call))
     if spec is None and recipe.rotation_of(product) is None:
         return _transposed(saved, call)
-    dense = _dense(saved)
     target = call.target(product, spec)
     if target is None:
-        return _rotate_and_quantize(dense.T, product, spec, keys[product].second, keys, call)
+        z = _dense(saved).T
+        return _rotate_and_quantize(z, product, spec, keys[product].second, keys, call)
+    scale = None
+    if target.is_nvfp4 and saved.scale is not None and not saved.scale.ndim:
+        # Its scale follows that of the array, which need not be multiplied out.
+        saved, scale = Operand(saved.values.astype(call.x_dtype), None), saved.scale
     column_keys = _keys_of(keys[product], first=False)
-    _, columns, _ = _quantize_by_kernel(dense, None, target, column_keys=column_keys)
+    _, columns, _ = _quantize_by_kernel(_dense(saved), None, target, column_keys=column_keys)
     assert columns is not None
-    return columns
+    assert columns.scale is not None  # as the kernel makes them
+    return columns if scale is None else columns._replace(scale=columns.scale * scale)
 
 
 def masked_gradient(
@@ -212,7 +217,8 @@ def _by_kernel(
     of_columns = None
     if keeps and again is None:
         # A product over the rows takes the same codes, if all of them share one scale.
-        if target.rotation is None and recipe.formats_of(product)[1] == target.spec:
+        is_kept = target.rotation is None and recipe.formats_of(product)[1] == target.spec
+        if is_kept and dispatch.has_float8_codes(target.spec):
             of_columns = call.target(product, target.spec)
     elif keeps and recipe.requantize:
         of_columns = call.target(product, again)

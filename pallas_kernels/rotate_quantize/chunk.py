@@ -5,11 +5,8 @@ that the level is what is stored. Rounding to nearest takes no table and no comp
 t = max(|v|, scale) the distance of the levels of e2m1 round v is `2**(exponent(t) - 1)`, which is
 also the last bit of `big = 1.5 * 2**(22 + exponent(t))`; so `(v + big) - big` rounds v to the grid,
 ties to the even code. At random, bits are added to the number's own below the one of the mantissa
-that stays, see `_round_at_random`. The scale of a block with a NaN or an infinity is NaN,
+that stays, see `registers.round_at_random`. The scale of a block with a NaN or an infinity is NaN,
 which makes all its values NaN.
-
-On a Hopper GPU minima, comparisons and logic take twice as long as products and sums, which is why
-some things here are products.
 
 Scales follow the rules of `lowbit_jax.numerics.scales` bit by bit, but for sums of squares: those
 are float32 sums here, and there of a fixed point that does not depend on the order.
@@ -24,19 +21,26 @@ import numpy as np
 from jax import lax
 
 from lowbit_jax.numerics import QuantSpec
-from lowbit_jax.numerics.formats import Format
-from lowbit_jax.numerics.random_bits import MULTIPLIERS, swap_halves
+from lowbit_jax.numerics.random_bits import swap_halves
 from lowbit_jax.numerics.spec import GAUSSIAN_ALPHA, RMS_RULES
 from pallas_kernels.folded import folded_format
 from pallas_kernels.rotate_quantize.reference import Target
+from pallas_kernels.rotate_quantize.registers import (
+    CHUNK,
+    GROUP,
+    along_rows,
+    binade,
+    bits_of,
+    complements,
+    float_of,
+    floor,
+    round_at_random,
+    smallest_normal,
+    to_nearest,
+)
 
-CHUNK = 64  # rows and columns of a chunk, what one product of matrices rotates
-GROUP = 32  # entries that share a power-of-two scale
-
-_SIGN = np.int32(-(2**31))
 _EXPONENT = np.int32(0x7F800000)
 _FOUR = np.int32(129 << 23)  # the bits of 4.0
-_RANDOM_BITS = 22  # of a float32 below its first bit of mantissa
 _CLIPPING_RULES = ("absmax_floor", *RMS_RULES)  # to nearest
 _FITTING_RULES = ("absmax_floor43", "absmax_ceil")  # nothing exceeds the outermost level
 # Added to the bits of an abs-max to round its logarithm up; the other rules round down.
@@ -50,8 +54,8 @@ class Side:
     Attributes:
       target: Format, rule and rotation.
       is_written: Writes the operand; or else a statistic of each row of a tile, from which the
-        scale of the row follows: the sum of squares of the rotated entries for the rule "rms", the
-        largest magnitude for "absmax".
+        scale of the row or of the array follows: the sum of squares of the rotated entries for the
+        rule "rms", the largest magnitude for the others.
     """
 
     target: Target
@@ -78,9 +82,9 @@ class Side:
         return np.float32(self.target.transform**-0.5)
 
     @property
-    def format(self) -> Format:
-        """The FP8 format of the operand."""
-        return folded_format(self.spec)
+    def storage(self) -> np.dtype:
+        """The dtype of the operand."""
+        return np.dtype(jnp.bfloat16 if self.target.is_nvfp4 else folded_format(self.spec).storage)
 
 
 class Chunk(NamedTuple):
@@ -122,7 +126,7 @@ def quantize_blocks(
         factor = side.factor * inverse
         y = y * along_rows(factor if sign is None else sign * factor, y.shape)
     else:
-        word = _complements(seed, column)
+        word = complements(seed, column)
     values, mask = [], []
     for half in range(CHUNK // GROUP):
         v = y[:, half * GROUP : (half + 1) * GROUP]
@@ -153,8 +157,7 @@ def _round_to_nearest(v, side, mask_bound):
     keep = None
     if mask_bound is not None:
         keep = jnp.abs(v) <= along_rows(scale * np.float32(mask_bound), v.shape)
-    big = _binade(jnp.maximum(jnp.abs(v), along_rows(scale, v.shape))) * np.float32(1.5 * 2.0**22)
-    v = (v + big) - big
+    v = to_nearest(v, jnp.maximum(jnp.abs(v), along_rows(scale, v.shape)), format.mantissa_bits)
     if rule in _CLIPPING_RULES:  # by the others nothing reaches 7, where 8 is nearer than 6
         top = along_rows(scale * np.float32(format.max), v.shape)
         v = jnp.minimum(jnp.maximum(v, -top), top)
@@ -162,23 +165,19 @@ def _round_to_nearest(v, side, mask_bound):
 
 
 def _round_at_random(sums, side, inverse, sign, complement, mask_bound, interpret):
-    """Up where `bits / 2**32` is below the distance to the lower level, in steps; takes `~bits`.
+    """The e2m1 levels above or below the sums, see `round_at_random`; takes `~bits`.
 
-    In units that make the scale the smallest normal number, 2**-126, so that the steps of float32
-    below it are those above it, as they are in e2m1. One bit of the mantissa stays: the complement
-    of the first 22 random bits is added to the 22 below it, which carries where it should, and
-    those are cut off. Products of float32 become subnormal numbers on a GPU, where XLA on a CPU has
-    zeros. That inverse of a scale is a number up to 1, which no scale exceeds unless numbers exceed
-    their bound by more than `2**40`; a larger one counts as 1, and what is stored saturates.
+    The inverse of a scale, in units of the smallest normal number, is a number up to 1, which no
+    scale exceeds unless numbers exceed their bound by more than `2**40`; a larger one counts as 1,
+    and what is stored saturates.
 
-    As `numerics.stochastic_round` but for what two products by constants round in one, and what
-    magnitudes below the scale are rounded to, `2**-22` steps.
+    As `numerics.stochastic_round` but for what two products by constants round in one, too.
     """
     rule, top = side.spec.scale, side.spec.format.max
     absmax = jnp.max(jnp.abs(sums), axis=1) * side.factor
     scale = _scale_by_absmax(absmax, rule, _FOUR)
-    unit = np.float32(1 if interpret else 2.0**-126)
-    factor = _float(np.int32((254 if interpret else 128) << 23) - _bits(scale))
+    unit = smallest_normal(interpret=interpret)
+    factor = float_of(np.int32((254 if interpret else 128) << 23) - bits_of(scale))
     factor = factor * (side.factor * np.float32(0.75 if rule == "absmax_floor43" else 1))
     v = sums * along_rows(factor if sign is None else factor * sign, sums.shape)
     keep = None
@@ -186,43 +185,9 @@ def _round_at_random(sums, side, inverse, sign, complement, mask_bound, interpre
         keep = jnp.abs(v) <= np.float32(mask_bound) * unit
     if rule not in _FITTING_RULES:
         v = jnp.minimum(jnp.maximum(v, -np.float32(top) * unit), np.float32(top) * unit)
-    bits = _simulated_bits(v) if interpret else _bits(v)
-    random = lax.bitcast_convert_type(complement >> (32 - _RANDOM_BITS), jnp.int32)
-    bits = (bits + random) & np.int32(-(1 << _RANDOM_BITS))
-    v = _simulated_float(bits) if interpret else _float(bits) * np.float32(2.0**100)
+    v = round_at_random(v, complement, interpret=interpret)
     # Scaled in two steps, for `scale * inverse * 2**126` can be 2**139.
     return v * along_rows(scale * (inverse * np.float32(2.0**26)), v.shape), keep
-
-
-def _simulated_bits(v):
-    """Those of `v * 2**-126`, subnormal below 1."""
-    magnitude = jnp.abs(v)
-    subnormal = jnp.round(magnitude * np.float32(2.0**23)).astype(jnp.int32)
-    normal = _bits(magnitude) - np.int32(126 << 23)
-    return jnp.where(magnitude < 1, subnormal, normal) | (_bits(v) & _SIGN)
-
-
-def _simulated_float(bits):
-    """The number of these bits times `2**100`."""
-    magnitude = bits & ~_SIGN
-    subnormal = magnitude.astype(jnp.float32) * np.float32(2.0**-23)
-    normal = _float(magnitude + np.int32(126 << 23))
-    v = jnp.where(magnitude < (1 << 23), subnormal, normal) * np.float32(2.0**-26)
-    return jnp.where(bits < 0, -v, v)
-
-
-def _complements(seed, column):
-    """`~random_bits.pair_bits` of the pairs of columns from this one on, (64, 32).
-
-    The hash in fewer steps: the first changes what is equal in a row, for a place in it has 5 bits,
-    and the complement is taken within the last.
-    """
-    shape = (CHUNK, GROUP)
-    row = seed ^ lax.div(column, 2).astype(jnp.uint32)
-    word = along_rows(row ^ (row >> 16), shape) ^ lax.broadcasted_iota(jnp.uint32, shape, 1)
-    word = word * np.uint32(MULTIPLIERS[0])
-    word = (word ^ (word >> 15)) * np.uint32(2**32 - MULTIPLIERS[1]) - np.uint32(1)
-    return word ^ (word >> 15) ^ np.uint32(0x1FFFF)
 
 
 def _scale_by_absmax(absmax, rule, top=None):
@@ -230,10 +195,10 @@ def _scale_by_absmax(absmax, rule, top=None):
 
     As if the abs-max were no larger than the number with the bits `top`, if there is one.
     """
-    bits = _bits(absmax)
+    bits = bits_of(absmax)
     if top is not None or rule in _ROUND_UP:
         bits = jnp.minimum(bits, _EXPONENT if top is None else top) + _ROUND_UP.get(rule, 0)
-    return _binade(_float(bits)) * np.float32(0.25) + absmax * np.float32(0)
+    return binade(float_of(bits)) * np.float32(0.25) + absmax * np.float32(0)
 
 
 def _scale_by_squares(v, rule, format):
@@ -245,7 +210,7 @@ def _scale_by_squares(v, rule, format):
     # Its exponent is halved, rounded down, by a shift; to nearest with twice the square.
     twice = 2 * (2 if rule == "rms_nearest" else 1)
     square = jnp.sum(v * v, axis=1) * np.float32(twice * alpha / GROUP)
-    scale = _binade(_float((_bits(square) >> 1) + np.int32(63 << 23)))
+    scale = binade(float_of((bits_of(square) >> 1) + np.int32(63 << 23)))
     return scale + square * np.float32(0)
 
 
@@ -287,22 +252,16 @@ def statistic(found, y, side: Side):
         return new if found is None else found + new
     new = jnp.max(jnp.abs(z), axis=1)
     # As integers, of which NaN is the largest: what XLA makes of maxima for a CPU may lose it.
-    return new if found is None else _float(jnp.maximum(_bits(found), _bits(new)))
+    return new if found is None else float_of(jnp.maximum(bits_of(found), bits_of(new)))
 
 
 def _round_midrise(y, format):
     """Twice the level, an odd integer, as `numerics.round_to_grid` chooses it."""
-    low = _floor(y)
-    is_odd = low != 2 * _floor(low * np.float32(0.5))
+    low = floor(y)
+    is_odd = low != 2 * floor(low * np.float32(0.5))
     low = jnp.where((low == y) & is_odd, low - 1, low)
     count = np.float32(2.0 ** (format.bits - 1))
     return 2 * jnp.clip(low, -count, count - 1) + 1
-
-
-def _floor(x):
-    """Mosaic has rounding to nearest only."""
-    nearest = jnp.round(x)
-    return jnp.where(nearest > x, nearest - 1, nearest)
 
 
 def _pack(keep):
@@ -311,36 +270,10 @@ def _pack(keep):
     return jnp.sum(jnp.where(keep, bits, 0), axis=1)
 
 
-def stored(values, format: Format, *, interpret: bool):
-    """Values of a chunk in FP8, rounded to nearest; saturates."""
-    if interpret:  # the instruction of the GPU saturates, the conversion of XLA does not
-        values = jnp.clip(values, -np.float32(format.max), np.float32(format.max))
-    return values.astype(format.storage)
-
-
-def along_rows(vector, shape):
-    """A number for each row, repeated along it."""
-    return lax.broadcast_in_dim(vector, shape, [0])
-
-
-def along_columns(vector, shape):
-    """A number for each column, repeated along it."""
-    return lax.broadcast_in_dim(vector, shape, [1])
-
-
-def cut_to_bfloat16(x):
-    """float32 without the bits that bfloat16 has not."""
-    return _float(_bits(x) & np.int32(-(2**16)))
-
-
-def _bits(x):
-    return lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _binade(x):
-    """The power of two below x >= 0."""
-    return _float(_bits(x) & _EXPONENT)
-
-
-def _float(bits):
-    return lax.bitcast_convert_type(bits, jnp.float32)
+def stored(values, dtype: np.dtype, *, interpret: bool):
+    """Values of a chunk in FP8, rounded to nearest; saturates. Or in bfloat16, which holds them."""
+    if interpret and dtype != jnp.bfloat16:
+        # The instruction of the GPU saturates, the conversion of XLA does not.
+        top = np.float32(jnp.finfo(dtype).max)
+        values = jnp.clip(values, -top, top)
+    return values.astype(dtype)

@@ -1,7 +1,7 @@
-"""One pass over a matrix that rotates it, rounds it and folds it into FP8, along both axes.
+"""One pass over a matrix that rotates it, rounds it and folds it, along both axes.
 
 A block reads a tile of x (m, k) and writes the same tile of two operands: the rows, quantized along
-k, and the columns, quantized along m and stored as (k, m), as the FP8 tensor cores want both. The
+k, and the columns, quantized along m and stored as (k, m), as the tensor cores want FP8. The
 rotations are products with matrices of +1 and -1. The one along m takes the tile in shared memory
 as a transposed operand, so that nothing is moved to transpose it; without a rotation the matrix is
 the identity. Signs of the coordinates are not part of the matrices: the tile in shared memory is
@@ -9,8 +9,8 @@ multiplied by those of both axes before it is rotated, so that along the other a
 of whole rows, which are multiplied by once more where the rows are scaled. A power of two goes with
 the signs where numbers are rounded at random, see `units.py`. x in float32 is loaded to registers
 and stored as three bfloat16 terms, of which it is the sum. Each side works through the tile in
-chunks of 64 x 64, see `chunk.py`. One warpgroup a block and no pipeline: many small blocks hid
-latency better on an H100 than a persistent ring of tiles.
+chunks of 64 x 64, see `chunk.py` and `nvfp4.py`. One warpgroup a block and no pipeline: many small
+blocks hid latency better on an H100 than a persistent ring of tiles.
 """
 
 import functools
@@ -24,16 +24,19 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import launch, load, plgpu, swizzled
 from pallas_kernels.rotate_quantize.chunk import (
-    CHUNK,
-    GROUP,
     Side,
-    along_columns,
-    along_rows,
-    cut_to_bfloat16,
     quantize_blocks,
     quantize_rows,
     statistic,
     stored,
+)
+from pallas_kernels.rotate_quantize.nvfp4 import BLOCK, BLOCKS, quantize_nvfp4
+from pallas_kernels.rotate_quantize.registers import (
+    CHUNK,
+    GROUP,
+    along_columns,
+    along_rows,
+    cut_to_bfloat16,
 )
 from pallas_kernels.rotate_quantize.units import ROUNDED_POWER, Units, find_units
 
@@ -64,17 +67,19 @@ def quantize_tiles(
       rows: What is done along k; None: nothing.
       columns: Along m.
       operands: What the sides need, its names ending in "rows" and "columns": "rotation_*",
-        bfloat16 `(span, span)`; "signs_*", float32, of each coordinate along the axis, if signed;
-        "seeds_*" of the random bits of each row, if it is rounded at random; where codes without
-        blocks are made "scales_*", float32: `(rows of the operand,)`, or `(1,)` for one scale of
-        all; and "reference", float32 `(1,)`, a bound of `|x|`, where codes with blocks are made.
+        bfloat16 `(64, span)`: the transform of 64 entries and, for one of 128, its negative;
+        "signs_*", float32, of each coordinate along the axis, if signed; "seeds_*" of the random
+        bits of each row, if it is rounded at random; "draws_*", uint32 `(blocks of a row, rows of
+        the operand)`, if scales are; unless blocks have power-of-two scales "scales_*", float32:
+        `(rows of the operand,)`, or `(1,)` for one scale of all; and "reference", float32 `(1,)`, a
+        bound of `|x|`, if they have.
       requantize: Makes the columns of the rounded rows; x is not used for them.
       mask_bound: Writes the mask `|x / scale| <= mask_bound` of the rotated rows; None: none.
       tile: Of one block.
       interpret: On the CPU.
 
     Returns:
-      By name: "values_rows" `(m, k)`, "values_columns" `(k, m)`, both FP8; "statistic_rows"
+      By name: "values_rows" `(m, k)`, "values_columns" `(k, m)`, FP8 or bfloat16; "statistic_rows"
       `(k tiles, m)` and "statistic_columns" `(m tiles, k)`, float32, of sides that are not written;
       "mask" int32 `(k / 32, m)`.
     """
@@ -86,6 +91,9 @@ def quantize_tiles(
     extents = {"rows": (tile_m, tile_k), "columns": (tile_k, tile_m)}
     shapes = {"rows": (m, k), "columns": (k, m)}
     shared_rotation = len({side.target.transform for side in sides.values()}) < len(sides)
+    # Two operands of two bytes an entry leave through one buffer, so that two blocks share an SM.
+    wide = [side for side in sides.values() if side.is_written and side.target.is_nvfp4]
+    takes_turns = len(wide) == 2 and tile_m == tile_k
     # The axes with signs that x is multiplied by; rounded rows are, where they are made.
     signed = {name for name, side in sides.items() if side.is_signed}
     flipped = signed - {"columns"} if requantize else signed
@@ -101,7 +109,7 @@ def quantize_tiles(
         height, width = extents[name]
         if not (name == "columns" and shared_rotation):
             inputs["rotation_" + name] = operands["rotation_" + name]
-            shape = (side.span, side.span)
+            shape = operands["rotation_" + name].shape
             scratch["rotation_" + name] = swizzled(shape, jnp.bfloat16, CHUNK)
         if name == "rows" and side.is_signed:
             # Twice, for a vector is loaded in one layout only.
@@ -112,10 +120,12 @@ def quantize_tiles(
             if kind + name in operands:
                 inputs[kind + name] = operands[kind + name]
         if side.is_written:
-            storage = side.format.storage
-            out["values_" + name] = jax.ShapeDtypeStruct(shapes[name], storage)
-            # 64 bytes to a swizzle: of 128, a chunk's halves could not be stored one by one.
-            scratch["values_" + name] = swizzled((height, width), storage, CHUNK)
+            if "draws_" + name in operands:
+                inputs["draws_" + name] = operands["draws_" + name]
+            out["values_" + name] = jax.ShapeDtypeStruct(shapes[name], side.storage)
+            if not (name == "columns" and takes_turns):
+                # 64 bytes to a swizzle: of 128, a chunk's halves could not be stored one by one.
+                scratch["values_" + name] = swizzled((height, width), side.storage, CHUNK)
         else:
             shape = (shapes[name][1] // width, shapes[name][0])
             out["statistic_" + name] = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -150,8 +160,10 @@ def quantize_tiles(
             reference = jnp.full((CHUNK,), given["reference"][0])
             units = find_units(targets, requantize, reference)
         scales, seeds = {}, {}
-        for name in sides:
+        for name, side in sides.items():
             height, _ = extents[name]
+            if side.target.is_nvfp4:  # loads what it needs for each chunk
+                continue
             if "scales_" + name in given:
                 ref = given["scales_" + name]
                 if ref.shape == (1,):  # one for all chunks
@@ -182,6 +194,7 @@ def quantize_tiles(
             _store_terms(parts, x_tile, tile, **tile_signs)
             plgpu.barrier_wait(local["barrier"])
         rounded = local.get("rounded", parts[0])
+        staged = {"values_columns": local.get("values_rows"), **local}
 
         def quantize_chunk(name, parts, i, j, found):
             """Stores one chunk, or returns the statistic of its rows with the one found so far."""
@@ -225,10 +238,45 @@ def quantize_tiles(
             if chunk.again is not None:
                 plgpu.commit_smem()  # the warpgroup has read what is overwritten
                 rounded[here] = chunk.again
-            local["values_" + name][here] = stored(chunk.values, side.format, interpret=interpret)
+            local["values_" + name][here] = stored(chunk.values, side.storage, interpret=interpret)
             return None
 
-        def quantize_side(name, parts):
+        def quantize_nvfp4_chunks(name, parts):
+            """Stores all chunks, in a loop: so much code for each would take long to compile."""
+            side, shape = sides[name], [size // CHUNK for size in extents[name]]
+            rotation = local["rotation_rows" if shared_rotation else "rotation_" + name]
+
+            def step(t, _):
+                i, j = lax.div(t, shape[1]), lax.rem(t, shape[1])
+                row, column = first[name] + i * CHUNK, first[across[name]] + j * CHUNK
+                y = _rotate(parts, rotation, side, i, j, is_transposed=name == "columns")
+                sign, seed, draws = units.inverse, None, None
+                if across[name] in flipped:
+                    (sign,) = _load_chunks(given["signs_" + across[name]], row, CHUNK)
+                    sign = sign if units.inverse is None else units.inverse * sign
+                if side.target.is_random:
+                    (seed,) = _load_chunks(given["seeds_" + name], row, CHUNK)
+                if "draws_" + name in given:
+                    of_blocks = (
+                        given["draws_" + name].at[lax.div(column, BLOCK) + b] for b in range(BLOCKS)
+                    )
+                    draws = [_load_chunks(ref, row, CHUNK)[0] for ref in of_blocks]
+                staged["values_" + name][pl.ds(i * CHUNK, CHUNK), pl.ds(j * CHUNK, CHUNK)] = (
+                    quantize_nvfp4(
+                        y,
+                        side,
+                        given["scales_" + name][0],
+                        sign=sign,
+                        seed=seed,
+                        column=column,
+                        draws=draws,
+                        interpret=interpret,
+                    )
+                )
+
+            lax.fori_loop(0, math.prod(shape), step, None)
+
+        def quantize_chunks(name, parts):
             height, width = extents[name]
             for i in range(height // CHUNK):
                 found = None
@@ -237,13 +285,22 @@ def quantize_tiles(
                 if found is not None:
                     row = pl.ds(first[name] + i * CHUNK, CHUNK)
                     made["statistic_" + name][tile_index[across[name]], row] = found
+
+        def quantize_side(name, parts):
+            height, width = extents[name]
+            if sides[name] in wide:
+                quantize_nvfp4_chunks(name, parts)
+            else:
+                quantize_chunks(name, parts)
             plgpu.commit_smem()
             if sides[name].is_written:
                 here = (pl.ds(first[name], height), pl.ds(first[across[name]], width))
-                plgpu.copy_smem_to_gmem(local["values_" + name], made["values_" + name].at[here])
+                plgpu.copy_smem_to_gmem(staged["values_" + name], made["values_" + name].at[here])
 
         if rows is not None:
             quantize_side("rows", parts)
+        if takes_turns:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if columns is not None:
             quantize_side("columns", [rounded] if requantize else parts)
         plgpu.wait_smem_to_gmem(0)
@@ -296,13 +353,14 @@ def _store_terms(parts, x, tile, rows, columns):
 def _rotate(parts, rotation, side, i, j, *, is_transposed):
     """Rows 64 i and columns 64 j on of the tile, or its transpose, rotated and not yet scaled."""
     ways = side.span // CHUNK
-    first = j if ways == 1 else j // ways * ways  # of the chunks that this one is made of
+    first = j if ways == 1 else lax.div(j, ways) * ways  # of the chunks that this one is made of
 
     def product(sums):
         for way in range(ways):
             column = pl.ds((first + way) * CHUNK, CHUNK)
             row = pl.ds(i * CHUNK, CHUNK)
-            matrix = rotation.at[pl.ds(way * CHUNK, CHUNK), pl.ds((j - first) * CHUNK, CHUNK)]
+            # Of the four quarters of Sylvester's matrix of 128 the last is the negative one.
+            matrix = rotation.at[:, pl.ds(way * (j - first) * CHUNK, CHUNK)]
             for part in parts:
                 a = part.at[column, row].T if is_transposed else part.at[row, column]
                 plgpu.wgmma(sums, a, matrix)

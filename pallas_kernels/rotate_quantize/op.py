@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.numerics import QuantSpec, quantize
 from lowbit_jax.numerics.floats import SMALLEST_NORMAL
-from lowbit_jax.numerics.random_bits import row_seeds
+from lowbit_jax.numerics.random_bits import random_bits, row_seeds
 from lowbit_jax.numerics.scales import block_scales
 from lowbit_jax.numerics.spec import (
+    E4M3_RULES,
     GAUSSIAN_ALPHA,
     GLOBAL_SCALE_RULES,
     POWER_OF_TWO_RULES,
@@ -21,17 +22,20 @@ from lowbit_jax.numerics.spec import (
 )
 from lowbit_jax.rotations.hadamard import Hadamard, hadamard_matrix
 from pallas_kernels.folded import Folded, foldable
-from pallas_kernels.rotate_quantize.chunk import CHUNK, GROUP, Side
+from pallas_kernels.rotate_quantize.chunk import Side
 from pallas_kernels.rotate_quantize.kernel import quantize_tiles
+from pallas_kernels.rotate_quantize.nvfp4 import BLOCK
 from pallas_kernels.rotate_quantize.reference import (
     NO_KEYS,
     Keys,
     RotatedQuantized,
     Target,
     finite_absmax,
+    nvfp4_scale,
     requantize_obstacle,
     tensor_scale,
 )
+from pallas_kernels.rotate_quantize.registers import CHUNK, GROUP
 from pallas_kernels.rotate_quantize.tuning import Config, choose_config
 from pallas_kernels.rotate_quantize.units import find_units
 
@@ -63,9 +67,17 @@ def rotate_quantize(
     their block's scale it takes 22 bits of the distance to the lower level, and the factors of the
     transform and of "absmax_floor43" are one product, which rounds once.
 
+    Of NVFP4 the choice of four over six and the factor of MS-EDEN come from float32 sums of 16
+    squares, which err by `2**-20`: four is taken for six, or the reverse, only where their errors
+    differ by no more than `2**-18` of them and of the square of the scale; and of the scales of
+    MS-EDEN, which are multiples of up to 15 steps, at most 1 in `2**15` takes the other neighbour.
+    Numbers are divided by the scales of their blocks, by a GPU to 2 units of `2**-23`, so that it
+    may turn ties.
+
     One pass reads x and writes both operands. Operands with one scale of all need an upper bound of
     `|x|`, from which it follows; if none is given, XLA finds it, where x is made if it can. A scale
-    for each row takes one more pass, which only reads. A matrix whose sides are no multiples of the
+    for each row takes one more pass, which only reads, and so does the one of rotated NVFP4, which
+    follows from the largest rotated number. A matrix whose sides are no multiples of the
     tile is padded with zeros, which copies it.
 
     The one scale of formats with blocks allows for the worst that a transform can do, so that
@@ -79,13 +91,16 @@ def rotate_quantize(
 
     A NaN or an infinity makes NaN what is rotated together with it, along its row and along its
     column, in spans of 64, or 128 for such a transform; with `requantize` also the columns' spans
-    of all that is NaN in its row. A scale of a row becomes NaN.
+    of all that is NaN in its row. A scale of a row becomes NaN. The one of NVFP4 follows from the
+    rest: without a rotation from all finite entries, also those beside it.
 
     Args:
       x: `(m, k)`, bfloat16 or float32.
       rows: What to quantize along k: e2m1 in blocks of 32 with power-of-two scales; mid-rise up to
         4 bits, e4m3 or e5m2 with one scale a row; e4m3 or e5m2 with one scale a tensor and no
-        rotation. Stochastic rounding for e2m1 only. With Hadamard transforms up to 128.
+        rotation; or NVFP4, e2m1 in blocks of 16 with e4m3 scales, folded into bfloat16, by any
+        rounding but MS-EDEN's with larger correction blocks. Stochastic rounding for e2m1 only.
+        With Hadamard transforms up to 128.
       columns: Along m.
       requantize: Makes the columns of the dequantized rows instead of x, if both have power-of-two
         scales, see `requantize_obstacle`.
@@ -95,7 +110,8 @@ def rotate_quantize(
       column_keys: Of the columns.
       reference: A finite upper bound of `|x|`, which formats with one scale a tensor take as its
         abs-max; from an earlier step for example. None: the abs-max of the finite entries. Scales
-        of rows do not depend on it; other operands are NaN if it is NaN or infinite.
+        of rows and those of NVFP4 do not depend on it; other operands are NaN if it is NaN or
+        infinite.
       config: Tile; None: from a table.
       interpret: Run on the CPU, within `pallas_kernels.testing.run_interpreted`.
 
@@ -119,7 +135,7 @@ def rotate_quantize(
     padded = _padded(_padded(x, padded_m, 0), padded_k, 1)
     # Along the axis that is summed over, and across it.
     extents = {"rows": (k, padded_k, m, padded_m), "columns": (m, padded_m, k, padded_k)}
-    if reference is None and any(target.spec.block_size is not None for target in targets.values()):
+    if reference is None and any(map(_needs_reference, targets.values())):
         reference = finite_absmax(x)
     operands, scales = {}, {}
     if any(target.has_blocks for target in targets.values()):
@@ -140,18 +156,33 @@ def rotate_quantize(
             assert rounding_key is not None  # as checked
             seeds = row_seeds(rounding_key, across)
             operands["seeds_" + name] = _padded(seeds, padded_across)
+        if target.spec.rounding == "eden":
+            rounding_key = keys[name].rounding
+            assert rounding_key is not None  # as checked
+            # As `eden_round` draws them: a number for each block.
+            draws = random_bits(rounding_key, (across, along // BLOCK, 1))[:, :, 0].T
+            draws = _padded(_padded(draws, padded_along // BLOCK), padded_across, 1)
+            operands["draws_" + name] = draws
         if target.spec.block_size == "tensor":
             assert reference is not None  # as found
             scales[name] = tensor_scale(target.spec, reference)
+        elif target.is_nvfp4 and target.rotation is None:
+            scales[name] = nvfp4_scale(target.spec, finite_absmax(x))
+        if name in scales and not target.has_blocks:
             operands["scales_" + name] = scales[name].reshape(1)
     launch = functools.partial(quantize_tiles, padded, tile=tile, interpret=interpret)
-    by_row = {name: target for name, target in targets.items() if name not in scales}
-    if by_row:
-        sides = {name: Side(target, is_written=False) for name, target in by_row.items()}
+    rest = {name: target for name, target in targets.items() if name not in scales}
+    if rest:
+        sides = {name: Side(target, is_written=False) for name, target in rest.items()}
         found = launch(sides.get("rows"), sides.get("columns"), operands)
-        for name, target in by_row.items():
+        for name, target in rest.items():
             along, _, across, _ = extents[name]
-            scale = _row_scales(found["statistic_" + name], target.spec, along)
+            found_here = found["statistic_" + name]
+            if target.is_nvfp4:
+                scales[name] = nvfp4_scale(target.spec, finite_absmax(found_here))
+                operands["scales_" + name] = scales[name].reshape(1)
+                continue
+            scale = _row_scales(found_here, target.spec, along)
             operands["scales_" + name] = scale
             unit = 2 if target.spec.format.kind == "midrise" else 1
             scales[name] = scale[:across] * np.float32(1 / unit)
@@ -186,6 +217,11 @@ def obstacle(target: Target) -> str | None:
             return f"power-of-two scales are those of e2m1 in blocks of {GROUP}, got {spec}"
         if spec.scale in RMS_RULES and spec.rounding != "nearest":
             return f"scales from mean squares are for rounding to nearest, got {spec}"
+        return None
+    if target.is_nvfp4:
+        is_block = (name, spec.block_size, spec.block_rows) == ("e2m1", BLOCK, 1)
+        if not is_block or spec.correction_block is not None:
+            return f"e4m3 scales are those of single blocks of {BLOCK} of e2m1, got {spec}"
         return None
     if spec.scale not in ("rms", "absmax") or isinstance(spec.block_size, int):
         return f"other formats have one scale a row or a tensor by 'rms' or 'absmax', got {spec}"
@@ -237,6 +273,10 @@ def _check(x, rows, columns, requantize, mask_bound, row_keys, column_keys) -> N
             f"rotate_quantize: the mask is one of the rows, in words of {GROUP} columns, got"
             f" rows={rows} and x of shape {x.shape}; pass rows, pad x or leave mask_bound at None."
         )
+    if mask_bound is not None and rows is not None and rows.is_nvfp4:
+        raise NotImplementedError(
+            f"rotate_quantize: there is no mask of {rows.spec}; use rotate_quantize_reference."
+        )
     if not requantize:
         return
     if rows is None or columns is None:
@@ -259,6 +299,10 @@ def _span(target: Target | None) -> int:
     return CHUNK if target is None else max(CHUNK, target.transform)
 
 
+def _needs_reference(target: Target) -> bool:
+    return target.has_blocks or target.spec.block_size == "tensor"
+
+
 def _group_size(spec: QuantSpec) -> int:
     return spec.block_size if isinstance(spec.block_size, int) else 1
 
@@ -272,17 +316,22 @@ def _padded(array, size: int, axis: int = 0):
 
 
 def _rotation_matrix(rotation: Hadamard | None):
-    """bfloat16 `(span, span)`, without signs."""
+    """Without signs: bfloat16 `(64, 64)`, or `(64, 128)`, followed by its negative."""
     if rotation is None:
         return jnp.asarray(np.eye(CHUNK), jnp.bfloat16)
-    block = hadamard_matrix(rotation.block_size)
-    count = max(1, CHUNK // rotation.block_size)
-    return jnp.asarray(np.kron(np.eye(count, dtype=np.int8), block), jnp.bfloat16)
+    block = hadamard_matrix(min(rotation.block_size, CHUNK))
+    count = CHUNK // len(block)
+    matrix = np.kron(np.eye(count, dtype=np.int8), block)
+    if rotation.block_size > CHUNK:
+        matrix = np.concatenate([matrix, -matrix], axis=1)
+    return jnp.asarray(matrix, jnp.bfloat16)
 
 
 @functools.lru_cache
 def _global_scale(spec: QuantSpec) -> np.float32 | None:
-    """What `quantize` stores for the whole array, a constant of these specs; None for none."""
+    """That of what `quantize` stores for the whole array which is a constant; None for none."""
+    if spec.scale in E4M3_RULES:
+        return None if spec.gain == 1 else np.float32(spec.gain)
     if spec.scale not in GLOBAL_SCALE_RULES:
         return None
     with jax.ensure_compile_time_eval():

@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt32
 
 from lowbit_jax.numerics import E2M1, E4M3, E5M2, QuantSpec, dequantize, quantize, round_to_grid
 from lowbit_jax.numerics.floats import floor_log2, power_of_two
-from lowbit_jax.numerics.quantize import to_units
+from lowbit_jax.numerics.quantize import factor, to_units
 from lowbit_jax.numerics.scales import block_scales
 from lowbit_jax.numerics.spec import (
+    E4M3_RULES,
     GAUSSIAN_ALPHA,
     GLOBAL_SCALE_RULES,
     POWER_OF_TWO_RULES,
@@ -53,6 +54,11 @@ class Target:
         return self.spec.scale in POWER_OF_TWO_RULES
 
     @property
+    def is_nvfp4(self) -> bool:
+        """Whether blocks have e4m3 scales, which fold into bfloat16 under one of the array."""
+        return self.spec.scale in E4M3_RULES
+
+    @property
     def transform(self) -> int:
         """Entries that are rotated together; 1 without a rotation."""
         return 1 if self.rotation is None else self.rotation.block_size
@@ -64,7 +70,7 @@ class Target:
 
     @property
     def is_random(self) -> bool:
-        """Whether rounding is random."""
+        """Whether the rounding of elements is random."""
         return self.spec.rounding == "stochastic"
 
 
@@ -184,6 +190,13 @@ def tensor_scale(spec: QuantSpec, reference: Float32[Array, ""]) -> Float32[Arra
     return block_scales(reference.reshape(1, 1), spec, (0, 1)).scales.reshape(())
 
 
+def nvfp4_scale(spec: QuantSpec, absmax: Float32[Array, ""]) -> Float32[Array, ""]:
+    """The scale of a rotated array with this abs-max, which e4m3 scales are in units of."""
+    global_scale = block_scales(absmax.reshape(1, 1), spec).global_scale
+    assert global_scale is not None  # as the rules with e4m3 scales have
+    return global_scale
+
+
 def _rotated(x, target: Target, keys: Keys):
     if target.rotation is None:
         return x.astype(jnp.float32)
@@ -191,8 +204,15 @@ def _rotated(x, target: Target, keys: Keys):
 
 
 def _folded(q, y, target: Target, reference) -> Folded:
-    """`fold(q)`, with one scale that follows from the reference for the targets of kernels."""
+    """`fold(q)`, with one scale that follows from the reference for the targets of kernels.
+
+    Levels times e4m3 scales, 6 significant bits of e2m1, in bfloat16.
+    """
     spec = target.spec
+    if target.is_nvfp4 and spec.format == E2M1:
+        values, scale = factor(q)
+        assert scale is not None  # as e4m3 scales have
+        return Folded(values.astype(jnp.bfloat16), scale)
     if target.has_blocks and spec.format == E2M1:
         return fold(q, largest_scale_of(target, reference))
     is_fp8_tensor = spec.block_size == "tensor" and spec.format in (E4M3, E5M2)

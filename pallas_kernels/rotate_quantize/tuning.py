@@ -14,6 +14,10 @@ from lowbit_jax.numerics import (
     MXFP4,
     MXFP4_FITTED,
     MXFP4_FITTED_STOCHASTIC,
+    NVFP4,
+    NVFP4_EDEN,
+    NVFP4_FOUR_OVER_SIX,
+    NVFP4_STOCHASTIC,
     QUEST_INT4,
     QUEST_MXFP4,
 )
@@ -65,6 +69,9 @@ def lowering_cases(
     forward = Target(QUEST_MXFP4, plain), Target(MXFP4_FITTED, random)
     backward = Target(MXFP4_FITTED_STOCHASTIC, random)
     gradients = Target(FP8_E5M2_TENSOR)
+    four_over_six = Target(NVFP4_FOUR_OVER_SIX)
+    eden = Target(NVFP4_EDEN, Hadamard(128, randomized=True))
+    stochastic = Target(NVFP4_STOCHASTIC, Hadamard(128, randomized=True))
 
     def quantized(rows, columns, **options):
         def call(x, reference=None):
@@ -76,11 +83,16 @@ def lowering_cases(
         options: dict[str, Any] = {"requantize": True, "mask_bound": 6.0}
         return rotate_quantize(x, *forward, column_keys=Keys(key), reference=reference, **options)
 
-    def quartet_backward(x, key, reference=None):
-        keys = Keys(key, key)
-        return rotate_quantize(
-            x, backward, backward, row_keys=keys, column_keys=keys, reference=reference
-        )
+    def quantized_at_random(rows, columns):
+        def call(x, key, reference=None):
+            keys = Keys(key, key)
+            return rotate_quantize(
+                x, rows, columns, row_keys=keys, column_keys=keys, reference=reference
+            )
+
+        return call
+
+    quartet_backward = quantized_at_random(backward, backward)
 
     return [
         ("both", quantized(mxfp4, mxfp4), (x, bound)),
@@ -97,4 +109,10 @@ def lowering_cases(
         ("FP8", quantized(fp8, fp8), (x, bound)),
         ("FP8 gradients", quantized(gradients, gradients), (x, bound)),
         ("FP8 rows", quantized(Target(FP8_E4M3), Target(FP8_E4M3)), (x,)),
+        ("NVFP4, exact", quantized(Target(NVFP4), None), (x,)),
+        ("NVFP4 four over six, exact", quantized(four_over_six, None), (x,)),
+        ("NVFP4 four over six, float32, exact", quantized(four_over_six, None), (in_float32,)),
+        ("NVFP4 stochastic, exact", quantized_at_random(stochastic, stochastic), (x, key)),
+        ("Quartet II backward, exact", quantized_at_random(eden, eden), (x, key)),
+        ("Quartet II columns, exact", quantized_at_random(None, eden), (x, key)),
     ]

@@ -39,7 +39,7 @@ def find_units(targets: Mapping[str, Target], requantize: bool, reference) -> Un
     """See `Units`; the same in a kernel as outside."""
     power = inverse = None
     on_x = [t for name, t in targets.items() if not (requantize and name == "columns")]
-    if any(target.is_random for target in on_x):
+    if any(target.has_blocks and target.is_random for target in on_x):
         power = power_of_two(jnp.clip(_TOP - 1 - floor_log2(reference), -126, 126))
         inverse = _inverse(power)
     scales, inverses = {}, {}

@@ -116,7 +116,7 @@ def test_a_path_asked_for_by_name_never_falls_back():
         with pytest.raises(NotImplementedError, match=r"'dx' of .* use implementation=None or"):
             dispatch.choose("dx", a, b, "fp8", H100)
     with pytest.raises(
-        ValueError, match="None or one of fp8, hopper, dequantize, blackwell, got 'triton'"
+        ValueError, match="one of fp8, hopper, dequantize, hopper_bf16, blackwell, got 'triton'"
     ):
         dispatch.choose("y", None, None, "triton", H100)
 

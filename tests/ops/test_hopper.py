@@ -18,7 +18,7 @@ from lowbit_jax.ops import (
     quantized_dot,
 )
 from lowbit_jax.ops.call import Call, split_keys
-from lowbit_jax.ops.operands import backward_operand, forward_operand
+from lowbit_jax.ops.operands import backward_operand, forward_operand, gradient_operands
 from pallas_kernels.compat import (
     hopper_obstacle,
     interpreter,
@@ -108,6 +108,32 @@ def test_evaluation_takes_any_number_of_tokens_and_makes_nothing_for_a_gradient(
     got = run_interpreted(functools.partial(forward, implementation="hopper"), x, w)
     # Exact: sums of so few 4-bit products fit float32, in any order.
     np.testing.assert_array_equal(got, jax.jit(forward, static_argnums=2)(x, w, "dequantize"))
+
+
+def test_nvfp4_operands_from_the_kernel_are_those_of_the_quantizer():
+    recipe = get_recipe("quartet2")
+    x, _, g = arguments(128, 128, 80)
+    x, g = x.at[:, 3].set(0).at[5, 16:32].set(0), g.at[7].set(0)
+    keys = split_keys(jax.random.key(0))
+
+    def operands(x, g, implementation):
+        dtypes, weights = (np.dtype(jnp.bfloat16),) * 2, ((np.dtype(np.float32), False),)
+        call = Call(recipe, implementation, *dtypes, shape=(128, 128, 80), weights=weights)
+        q, residual = forward_operand(x, "x", keys, call, keeps=True)
+        again = backward_operand(residual.saved, "dw", keys, call)
+        return q, again, *gradient_operands(g, keys, call)
+
+    got = run_interpreted(functools.partial(operands, implementation="hopper_bf16"), x, g)
+    expected = jax.jit(operands, static_argnums=2)(x, g, "dequantize")
+    for name, a, b in zip(("y_x", "dw_x", "dx_g", "dw_g"), got, expected, strict=True):
+        assert a.values.dtype == b.values.dtype == jnp.bfloat16
+        # Exact: by the same definition, and none of these blocks is at a boundary.
+        np.testing.assert_array_equal(
+            a.values.astype(jnp.float32), b.values.astype(jnp.float32), err_msg=name
+        )
+        # Bound: the scale of the forward pass multiplies each of 128 numbers before they are
+        # rotated, or the abs-max of their sums at last: 2**-24 for each, and of 7 additions.
+        np.testing.assert_allclose(a.scale, b.scale, rtol=2**-20 if name == "dw_x" else 0, atol=0)
 
 
 def test_weights_quantized_in_advance_are_folded_from_their_codes():
@@ -332,19 +358,29 @@ def quantize_values_and_scale(w):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", ["quartet", "quartet_rtn", "quartet_floor", "quest_w4a4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("quartet", "quartet_rtn", "quartet_floor", "quest_w4a4"),
+        *("quartet2", "quartet2_no46", "quartet2_sr", "nvfp4_nvidia"),
+    ],
+)
 def test_every_gradient_of_a_layer_on_the_gpu_is_that_of_the_reference(name, seed, one_device):
     if obstacle := hopper_obstacle(dispatch.cuda_capability()):
         pytest.skip(obstacle)
     recipe = get_recipe(name)
     x, w, g = arguments(2048, 1024 + 128 * seed, 1536)
+    is_nvfp4 = name.startswith(("quartet2", "nvfp4"))
+    implementation = "hopper_bf16" if is_nvfp4 else "hopper"
+    if name == "quest_w4a4":  # its backward products are not for the kernels, and refused by name
+        implementation = None
     got, expected = (
         jax.jit(functools.partial(products, recipe=recipe, implementation=path))(x, w, g)
-        # QuEST's backward products are not for the kernels, and so they are refused by name.
-        for path in (None if name == "quest_w4a4" else "hopper", "dequantize")
+        for path in (implementation, "dequantize")
     )
     for name, a, b in zip(("y", "dx", "dw"), got, expected, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         # Bound: a sum in another order may turn a bfloat16 result by a unit of 2**-8, and a rotated
-        # entry that lies within 2**-20 of a tie by a step, which is 1 entry in 2**18.
+        # entry that lies within 2**-20 of a tie by a step, which is 1 entry in 2**18. Of NVFP4's
+        # blocks 1 in 2**15 may have another scale, larger or smaller by an eighth or a half.
         assert np.linalg.norm(a - b) <= 2**-9 * np.linalg.norm(b), name
