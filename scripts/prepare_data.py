@@ -1,4 +1,4 @@
-"""Turns text into a folder of token shards that training maps into memory.
+"""Turns text into a folder of token shards that training reads.
 
 Examples:
     python scripts/prepare_data.py --out data/moby-dick
@@ -30,7 +30,7 @@ CONSOLE = Console(stderr=True)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Turn text into a folder of token shards that training maps into memory.
+    """Turn text into a folder of token shards that training reads.
 
     Files are streamed: memory stays the same for 1 MB and 100 GB. Documents keep their order, an
     end-of-text token follows each. Of every 1/fraction pieces (documents, or 32 KiB of longer ones)

@@ -1,6 +1,7 @@
 """Trains a language model as a config file says.
 
 python scripts/pretrain.py configs/llama_tiny_quest_cage.py --peak-lr 1e-3
+python scripts/pretrain.py configs/llama.py --data prepared/NAME --mesh 1x8x1 --zero 3
 python scripts/pretrain.py configs/llama.py --help
 """
 

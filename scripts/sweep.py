@@ -22,6 +22,9 @@ def main(arguments: list[str]) -> int:
     except (UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk is full, for example
+        print(f"error: {error}; the same command goes on", file=sys.stderr)
+        return 1
     for name, error in report.errors.items():
         print(f"failed: {name}: {error}", file=sys.stderr)
     if report.left:

@@ -71,7 +71,7 @@ def make_batches(
     batches = _batches(tokens, batch_size, seq_len, seed, process_index, process_count)
     if start_step < 0:
         raise ValueError(f"make_batches: start_step must be 0 or more, got {start_step}.")
-    # Two threads make 7M to 14M tokens/s of 64 x 512 (memory-mapped, two cores in use by others),
+    # Two threads make 8M to 11M tokens/s of 64 x 512 (from files, two cores in use by others),
     # ten times what a 30M model trains on one GPU; more would only wait for Python's lock.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(batches[start_step:].to_iter_dataset(options))

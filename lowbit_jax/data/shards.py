@@ -9,11 +9,13 @@
 A shard is written under the name `*.partial`, and renamed when it is whole and on the disk.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,15 @@ class ShardWriter:
         self._file.write(bytes(HEADER_BYTES))  # no magic yet: half a shard is no shard
 
     def append(self, tokens: UInt[np.ndarray, " t"], text_bytes: int) -> None:
-        """Writes tokens of the shard's dtype that stand for `text_bytes` bytes of text."""
+        """Writes tokens of the shard's dtype that stand for `text_bytes` bytes of text.
+
+        Raises:
+          OSError: If the disk does not take them; `close` does so too.
+        """
         assert tokens.dtype == self.said["dtype"], (tokens.dtype, self.said)
         data = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
-        self._file.write(data)
+        with naming_the_file(self.path):
+            self._file.write(data)
         self.checksum = zlib.crc32(data, self.checksum)
         self.count += len(tokens)
         self.text_bytes += text_bytes
@@ -76,17 +83,29 @@ class ShardWriter:
         )
         text = json.dumps(dataclasses.asdict(header)).encode()
         assert len(text) <= HEADER_BYTES - _PREFIX.size
-        with self._file as file:
-            file.seek(0)
-            file.write(_PREFIX.pack(MAGIC, len(text), zlib.crc32(text)) + text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self.path)
+        with naming_the_file(self.path):
+            with self._file as file:
+                file.seek(0)
+                file.write(_PREFIX.pack(MAGIC, len(text), zlib.crc32(text)) + text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, self.path)
         return header
 
     def abandon(self) -> None:
         """Closes the unfinished file and leaves it under its `.partial` name."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take, it does not take now
+            self._file.close()
+
+
+@contextlib.contextmanager
+def naming_the_file(path: Path) -> Iterator[None]:
+    """An `OSError` within says which file it was; a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        said = f"cannot write: {error.strerror}; make room and prepare the data again"
+        raise OSError(error.errno, said, str(path)) from error
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -127,12 +146,42 @@ def read_header(path: Path) -> ShardHeader:
     return header
 
 
-def map_shard(path: Path, header: ShardHeader) -> UInt[np.ndarray, " t"]:
-    """The tokens of a shard, memory-mapped: pages are read when they are touched."""
-    dtype = np.dtype(header.dtype).newbyteorder("<")
-    if header.count == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(header.count,))
+class ShardTokens:
+    """The tokens of a shard as a sequence; a slice is read from the file when it is taken.
+
+    Not mapped into memory: where a file was cut off, or its disk fails, the kernel ends a process
+    that touches such a page, without a word, and a read can say so. The file stays open: a dataset
+    that is prepared anew meanwhile leaves its reader the old one.
+    """
+
+    def __init__(self, path: Path, header: ShardHeader):
+        """`header`: what `read_header` gave for `path`."""
+        self.path, self._count = path, header.count
+        self._dtype = np.dtype(header.dtype).newbyteorder("<")
+        self._file = path.open("rb", buffering=0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int | slice):
+        if not isinstance(index, slice):
+            i = range(len(self))[index]
+            return self[i : i + 1][0]
+        start, stop, step = index.indices(self._count)
+        assert step == 1, step  # `TokenArray` refuses others
+        wanted = max(stop - start, 0) * self._dtype.itemsize
+        place = HEADER_BYTES + start * self._dtype.itemsize
+        data = os.pread(self._file.fileno(), wanted, place)
+        while len(data) < wanted:  # the kernel reads at most 2 GiB at a time
+            more = os.pread(self._file.fileno(), wanted - len(data), place + len(data))
+            if not more:
+                raise OSError(
+                    f"ShardTokens: {self.path} must hold {self._count} tokens, got an end of file"
+                    f" before token {stop}: it was cut off while it was in use. Copy or prepare the"
+                    " data again."
+                )
+            data += more
+        return np.frombuffer(data, self._dtype)
 
 
 def verify_shard(path: Path, header: ShardHeader) -> None:
@@ -141,7 +190,7 @@ def verify_shard(path: Path, header: ShardHeader) -> None:
     Raises:
       ValueError: If they are not what was written, or lie outside the vocabulary.
     """
-    tokens, checksum = map_shard(path, header), 0
+    tokens, checksum = ShardTokens(path, header), 0
     for start in range(0, len(tokens), 2**22):
         chunk = tokens[start : start + 2**22]
         checksum = zlib.crc32(chunk.tobytes(), checksum)

@@ -38,13 +38,15 @@ _GROUP_BYTES = 2**23
 
 
 class TokenArray:
-    """Tokens of several shards as one sequence; memory-mapped, read when sliced.
+    """Tokens of several shards as one sequence; those of files are read when sliced.
 
     `len(a)`, `a[i]` and `a[start:stop]` do what they do for an array; a slice is a view where it
-    lies in one shard and a copy where it crosses shards.
+    lies in one array, and a copy where it comes from a file or crosses shards.
     """
 
-    def __init__(self, parts: Sequence[UInt[np.ndarray, " t"]], text_bytes: int):
+    def __init__(
+        self, parts: Sequence[UInt[np.ndarray, " t"] | shards.ShardTokens], text_bytes: int
+    ):
         self.parts = [part for part in parts if len(part)]
         self.text_bytes = text_bytes  # of the text that the tokens stand for
         self._stops = list(accumulate(map(len, self.parts)))
@@ -157,6 +159,7 @@ def write_dataset(
     Raises:
       ValueError: If the directory holds a finished dataset, the stream has no text, or `documents`
         is a single one.
+      OSError: If the disk does not take it; the directory is an unfinished dataset then.
     """
     if isinstance(documents, str | bytes):  # whose items are characters, or numbers
         raise ValueError(
@@ -249,7 +252,7 @@ def open_dataset(directory: str | Path, *, verify: bool = False) -> TokenDataset
         )
     manifest = _read_manifest(directory)
     tokenizer = _open_tokenizer(directory, manifest["tokenizer"])
-    parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    parts: dict[str, list[shards.ShardTokens]] = {split: [] for split in SPLITS}
     text_bytes: dict[str, int] = dict.fromkeys(SPLITS, 0)
     for said in manifest["shards"]:
         path = directory / _shard_name(said["split"], said["index"])
@@ -273,7 +276,7 @@ def open_dataset(directory: str | Path, *, verify: bool = False) -> TokenDataset
             )
         if verify:
             shards.verify_shard(path, header)
-        parts[header.split].append(shards.map_shard(path, header))
+        parts[header.split].append(shards.ShardTokens(path, header))
         text_bytes[header.split] += header.text_bytes
     train, validation = (TokenArray(parts[split], text_bytes[split]) for split in SPLITS)
     return TokenDataset(directory, train, validation, tokenizer, manifest["fingerprint"])
@@ -362,11 +365,12 @@ def _write_manifest(
 
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + shards.PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with shards.naming_the_file(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new names, too

@@ -28,6 +28,9 @@ def save_checkpoint(
 ) -> pathlib.Path:
     """Writes `state` to `directory/step_*`; older ones go only once the new one is complete.
 
+    A step that is there undamaged stays as it is: a run comes to the same bits again. A folder
+    `step_*` that was made read-only (`chmod a-w`) is kept beside the newest.
+
     Args:
       directory: Folder of all checkpoints of a run.
       state: Arrays of any dtype that Orbax stores.
@@ -46,46 +49,55 @@ def save_checkpoint(
             f" ({len(bad)} leaves); nothing was saved, resume from the checkpoint before."
         )
     directory = pathlib.Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".writing-*"):
-        shutil.rmtree(leftover)
     step = int(state.step)
     temporary, final = directory / f".writing-{step}", directory / f"step_{step:08d}"
+    if final.exists() and find_damage(final) is None:
+        return final
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / "arrays", state)
-            checkpointer.wait_until_finished()
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        _write(temporary, state, metadata)
+        if final.exists():  # damaged, or it would have stayed
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(directory)
     except (ValueError, OSError) as error:  # TensorStore reports a full disk as a ValueError
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
             f"save_checkpoint: cannot write step {step} to {directory}; the checkpoints before it"
-            f" are untouched. The cause: {error}"
+            " are untouched. Make room or mend the folder; the same command then goes on from the"
+            f" newest. The cause: {error}"
         ) from error
+    # A damaged checkpoint must not push out an undamaged one: only complete ones count.
+    complete = [path for path in list_checkpoints(directory) if (path / MANIFEST).exists()]
+    for old in complete[:-keep]:
+        if old.stat().st_mode & 0o222:  # one that was made read-only is to stay, also for root
+            # Under a name that the next save clears, should this not come to an end.
+            shutil.rmtree(old.rename(directory / f".writing-{old.name}"), ignore_errors=True)
+    return final
+
+
+def _write(folder: pathlib.Path, state: TrainState, metadata: dict[str, Any]) -> None:
+    """Writes arrays and manifest, and has the disk confirm them."""
+    folder.mkdir()  # where that fails, threads of Orbax would wait for it
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "arrays", state)
+        checkpointer.wait_until_finished()
     manifest = {
-        "step": step,
+        "step": int(state.step),
         "arrays": _describe(state),
         "files": {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _hash(path)}
-            for path in sorted(temporary.rglob("*"))
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+            for path in sorted(folder.rglob("*"))
             if path.is_file()
         },
         **metadata,
     }
     manifest = {"sha256": _hash_json(manifest), **manifest}
-    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    for path in (*temporary.rglob("*"), temporary):
-        _sync(path)  # a power failure must not take the content of what the next lines name
-    replaced = directory / f".writing-{step}-replaced"
-    if final.exists():  # a damaged one that resuming skipped, or a repeat of the same step
-        final.rename(replaced)
-    temporary.rename(final)
-    _sync(directory)
-    shutil.rmtree(replaced, ignore_errors=True)
-    # A damaged checkpoint must not push out an undamaged one: only complete ones count.
-    complete = [path for path in list_checkpoints(directory) if (path / MANIFEST).exists()]
-    for old in complete[:-keep]:
-        shutil.rmtree(old)
-    return final
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)  # a power failure must not take the content of what the rename names
 
 
 def restore_latest(
@@ -139,29 +151,41 @@ def find_damage(checkpoint: pathlib.Path) -> str | None:
         checksum = manifest.pop("sha256")
     except FileNotFoundError:
         return f"no {MANIFEST}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
     if checksum != _hash_json(manifest):
         return f"{MANIFEST} has changed since it was written"
     for name, expected in manifest["files"].items():
         path = checkpoint / name
-        if not path.is_file():
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if _hash(path) != expected["sha256"]:
+                return f"{name} has changed since it was written"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _hash(path) != expected["sha256"]:
-            return f"{name} has changed since it was written"
+        except OSError as error:  # no permission, or a disk that fails
+            return f"{name} cannot be read: {error}"
     return None
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, finds the old content or the new, never a part."""
+    """Writes a file so that a reader, or a kill, finds the old content or the new, never a part.
+
+    Raises:
+      OSError: If it cannot be written; the old content is there then.
+    """
     temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file it did not take
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
 def _describe(state: Any) -> dict[str, str]:

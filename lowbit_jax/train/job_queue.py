@@ -7,6 +7,7 @@ import pathlib
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -77,8 +78,9 @@ def run_jobs(
     """Runs each job in a session of its own; one that fails stops only those that wait for it.
 
     At the time limit, and on Ctrl-C or SIGTERM, the running processes get a SIGTERM and time to
-    save; a second signal kills them. A job that could not resume is not started when less time
-    is left than the shortest job so far has taken.
+    save; a second signal kills them. If this process is killed itself, Linux sends them that
+    SIGTERM. A job that could not resume is not started when less time is left than the shortest job
+    so far has taken.
 
     Args:
       jobs: In the order in which they start, as far as `waits_for` permits.
@@ -89,6 +91,9 @@ def run_jobs(
         the job failed all the same.
       on_error: Called with a job that failed, what it said and its exit code, which is None if it
         was not started and 0 if `on_success` rejected it.
+
+    Raises:
+      OSError: If a log cannot be written, or from the callbacks. What runs is asked to save first.
     """
     queue = _Queue(jobs, slots, console, time_limit_s, on_success, on_error)
     with listen_for_signals(queue.say, queue.kill) as stop:
@@ -137,6 +142,9 @@ class _Queue:
                     bar.update(task, completed=self.ended, description=names)
                     time.sleep(_POLL_S)
                 self.wind_down()
+            except OSError:  # a full disk, for example: those that run can still save on theirs
+                self.wind_down()
+                raise
             finally:
                 self.kill()  # nobody is left behind, whatever went wrong
         left = (*self.left, *(job.name for job in self.waiting))
@@ -158,7 +166,8 @@ class _Queue:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             with open(job.log, "w", encoding="utf-8") as log:
                 process = subprocess.Popen(
-                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    _ending_with_us(job.command),
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     env={**os.environ, **slot.environment},
                     start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
                 )  # fmt: skip
@@ -228,6 +237,27 @@ class _Queue:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+# Asks the kernel for a SIGTERM at the end of the parent, whatever ends it, and becomes the command.
+# Not in `preexec_fn`: between fork and exec no Python may run where there are threads.
+_LEASH = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):  # else it has ended before
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _ending_with_us(command: Sequence[str]) -> Sequence[str]:
+    """`command` as a process that saves and leaves when this one is killed; on Linux only.
+
+    The signal comes at the end of the thread that starts the process, so let that be the main one.
+    """
+    if sys.platform != "linux":
+        return command
+    return (sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()), *command)
 
 
 def _last_words(log: pathlib.Path, code: int) -> str:

@@ -1,6 +1,5 @@
 """Where a run lives: its folder, what identifies it, and the lock that keeps others out."""
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -9,12 +8,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from typing import IO, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from lowbit_jax.train.checkpoint import list_checkpoints, write_atomically
 from lowbit_jax.train.config import RunIdentity, UsageError
+from lowbit_jax.train.run_lock import RunLock
 
 # What a run leaves beside run.json and config.py, the mark of a finished run first.
 _OUTPUTS = ("summary.json", "checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "sample.txt",
@@ -24,7 +25,7 @@ _OUTPUTS = ("summary.json", "checkpoints", "metrics.jsonl", "tensorboard", "loss
 class RunDirectory:
     """An opened, locked run folder; `close` releases it, as does the end of the process."""
 
-    def __init__(self, path: pathlib.Path, lock: IO[str]):
+    def __init__(self, path: pathlib.Path, lock: RunLock):
         """Use `open_run_directory`."""
         self.path, self._lock = path, lock
 
@@ -35,13 +36,50 @@ class RunDirectory:
 
     def record(self, **values: Any) -> None:
         """Adds JSON values to run.json."""
-        path = self.path / "run.json"
-        known = json.loads(path.read_text(encoding="utf-8"))
-        write_atomically(path, json.dumps({**known, **values}, indent=1) + "\n")
+        known = _read_record(self.path)
+        text = json.dumps({**known, **values}, indent=1) + "\n"
+        write_atomically(self.path / "run.json", text)
+
+    def check_data(self, fingerprint: str) -> None:
+        """Notes on which tokens this run is trained; it goes on with no others.
+
+        Raises:
+          UsageError: If its checkpoints come from tokens with another fingerprint.
+        """
+        before = _read_record(self.path).get("data_fingerprint")
+        if before == fingerprint:
+            return
+        if before is not None and list_checkpoints(self.checkpoints):
+            raise UsageError(
+                f"run directory: {self.path} was trained on data with the fingerprint {before!r},"
+                f" and now they have {fingerprint!r}: they were prepared anew or replaced. Restore"
+                " them, choose another --run-dir, or pass --fresh to start anew."
+            )
+        self.record(data_fingerprint=fingerprint)
+
+    def check_writable(self) -> None:
+        """Whether a checkpoint could be written: before the first step, not a thousand later.
+
+        Raises:
+          UsageError: If not.
+        """
+        probe = self.checkpoints / ".writing-probe"
+        try:
+            probe.mkdir(parents=True, exist_ok=True)
+            probe.rmdir()
+        except OSError as error:
+            raise UsageError(
+                f"run directory: cannot write checkpoints to {self.checkpoints} ({error}); make it"
+                " writable, choose another --run-dir, or pass --no-save."
+            ) from error
+
+    def check_lock(self) -> None:
+        """Raises a UsageError if another process has taken the folder over; see `RunLock`."""
+        self._lock.check()
 
     def close(self) -> None:
         """Releases the lock."""
-        self._lock.close()
+        self._lock.release()
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -56,6 +94,7 @@ def open_run_directory(
     *,
     fresh: bool = False,
     branch_from: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> RunDirectory:
     """Opens the folder in which this run starts or goes on.
 
@@ -69,14 +108,15 @@ def open_run_directory(
       fresh: Start anew: empties `run_dir`, or takes the next number.
       branch_from: Folder of the run from which this one branches off. It belongs to what
         identifies the run, and its last part to `NAME`.
+      warn: Receives a message if this takes long, see `RunLock`.
 
     Raises:
       UsageError: If another process holds the folder, if it belongs to a run with other
-        arguments, or if it holds other files.
+        arguments, if its run.json is damaged, or if it holds other files.
     """
     origin = None if branch_from is None else os.path.normpath(branch_from)
     if run_dir is not None:
-        return _open(pathlib.Path(run_dir), identity, origin, empty=fresh)
+        return _open(pathlib.Path(run_dir), identity, origin, warn, empty=fresh)
     name = identity.run_name
     if origin is not None:
         name += f"-from-{os.path.basename(origin)}"
@@ -84,14 +124,19 @@ def open_run_directory(
     while True:
         path = base if number == 1 else base.with_name(f"{base.name}-{number}")
         if not (path / "run.json").exists():
-            return _open(path, identity, origin, empty=False)
+            return _open(path, identity, origin, warn, empty=False)
         if not fresh and not (path / "summary.json").exists():
-            return _open(path, identity, origin, empty=False)
+            return _open(path, identity, origin, warn, empty=False)
         number += 1
 
 
 def _open(
-    path: pathlib.Path, identity: RunIdentity, origin: str | None, *, empty: bool
+    path: pathlib.Path,
+    identity: RunIdentity,
+    origin: str | None,
+    warn: Callable[[str], None],
+    *,
+    empty: bool,
 ) -> RunDirectory:
     if path.exists() and not path.is_dir():
         raise UsageError(f"run directory: {path} is a file; choose another --run-dir.")
@@ -101,18 +146,19 @@ def _open(
             " another --run-dir."
         )
     known = path / "run.json"
-    if path.is_dir() and not known.exists():
-        # A kill before run.json was in place leaves these.
+    if path.is_dir():
+        # A kill before run.json was in place leaves these. Looked at before run.json is: another
+        # process may be making it a run's folder in this moment, run.json first.
         early = ("config.py", ".config.py.writing", ".run.json.writing", ".lock")
         others = sorted(p.name for p in path.iterdir() if p.name not in early)
-        if others:
+        if others and not known.exists():
             raise UsageError(
                 f"run directory: {path} is not empty and no run's folder (it holds {others[0]});"
                 " choose another --run-dir."
             )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
+        lock = RunLock(path, warn)
     except OSError as error:
         raise UsageError(
             f"run directory: cannot write in {path} ({error}); choose another --run-dir."
@@ -128,14 +174,14 @@ def _open(
         }  # fmt: skip
         record = json.loads(json.dumps(record, default=str))
         if known.exists() and not empty:
-            _check_same_run(path, json.loads(known.read_text()), record, identity.source)
+            _check_same_run(path, _read_record(path), record, identity.source)
         else:
             write_atomically(path / "config.py", identity.source)
             write_atomically(known, json.dumps(record, indent=1) + "\n")  # last: marks it ours
         # Rewritten when a run goes on: what counts is what wrote the newest rows.
         write_atomically(path / "versions.json", json.dumps(versions(), indent=1) + "\n")
     except BaseException:
-        lock.close()
+        lock.release()
         raise
     return RunDirectory(path, lock)
 
@@ -164,22 +210,17 @@ def _check_same_run(path: pathlib.Path, saved: dict, record: dict, source: str) 
         )
 
 
-def _lock(path: pathlib.Path) -> IO[str]:
-    lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held while the run lasts
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        _ = record["name"], record["arguments"]
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"run directory: another process ({holder}) is training in {path}; wait for it or"
-            " choose another --run-dir."
-        ) from None
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
+            f"run directory: {path / 'run.json'} is damaged ({error!r}), so that nothing tells"
+            " whose checkpoints these are; restore it from a copy, choose another --run-dir, or"
+            " pass --fresh to delete them and start anew."
+        ) from error
+    return record
 
 
 def versions() -> dict[str, Any]:

@@ -1,10 +1,15 @@
 """What a run writes about itself: metrics.jsonl, TensorBoard events, a plot, a progress bar."""
 
+import contextlib
 import json
 import math
+import os
 import pathlib
+import platform
 import statistics
+import struct
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -70,29 +75,56 @@ class Throughput:
 class MetricsLog:
     """Appends rows to `metrics.jsonl` and to TensorBoard; close it, or use it in a `with`."""
 
-    def __init__(self, run_dir: pathlib.Path, start_step: int = 0):
-        """Rows of steps after `start_step`, left by a run that was killed, are dropped."""
-        import tensorboardX  # here: it imports torch where that is installed, which takes seconds
+    def __init__(
+        self,
+        run_dir: pathlib.Path,
+        start_step: int = 0,
+        *,
+        warn: Callable[[str], None] = lambda text: None,
+    ):
+        """Rows of steps after `start_step`, left by a run that was killed, are dropped.
 
+        `warn` receives a message if rows up to `start_step` are missing.
+        """
         path = run_dir / "metrics.jsonl"
         truncate_metrics(path, start_step)
+        steps = {row["step"] for row in read_metrics(path) if row["split"] == "train"}
+        if missing := start_step - len(steps & {*range(1, start_step + 1)}):
+            warn(
+                f"{path} lacks {missing} of the rows up to step {start_step}: it was cut or damaged"
+                " while the run was off. They are not taken again; the weights are not affected."
+            )
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in `close`
-        # Events after the restored step are hidden: they will be written again.
-        purge = start_step + 1 if start_step else None
-        self._events = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._events = _Events(run_dir / "tensorboard", start_step)
 
     def write(self, step: int, split: str, **values: float | int | None) -> None:
-        """One row, `{"step": ..., "split": "train" | "validation", **values}`; None is left out."""
+        """One row, `{"step": ..., "split": "train" | "validation", **values}`; None is left out.
+
+        Raises:
+          OSError: If the disk does not take it.
+        """
         row = {name: value for name, value in values.items() if value is not None}
-        self._file.write(json.dumps({"step": step, "split": split, **row}) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+        try:
+            self._file.write(json.dumps({"step": step, "split": split, **row}) + "\n")
+            self._file.flush()
+            self._events.write(step, {f"{split}/{name}": value for name, value in row.items()})
+        except OSError as error:  # a full disk does not say which file it did not take
+            raise OSError(
+                error.errno,
+                f"cannot write the row of step {step}: {error.strerror}. What was saved stays: make"
+                " room, and the same command goes on from the newest checkpoint",
+                self._file.name,
+            ) from error
+
+    def sync(self) -> None:
+        """Has the disk confirm all rows, as a checkpoint does that follows them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes and closes both."""
-        self._file.close()
-        self._events.close()
+        """Closes both, whatever of the last row the disk did not take."""
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # `write` has told it
+                file.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -101,16 +133,63 @@ class MetricsLog:
         self.close()
 
 
+class _Events:
+    """A TensorBoard file of scalars.
+
+    Written at once: tensorboardX's own writer hands events to a thread, and once that has ended on
+    a full disk, the next event waits for it forever.
+    """
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        # Here: it imports torch where that is installed, which takes seconds.
+        from tensorboardX import record_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        events: Any = event_pb2  # generated when imported: no checker sees their names
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
+        self._checksum = record_writer.masked_crc32c
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads files in the order of these seconds. A clock that was set back must not
+        # give a new file the place of an old one, nor a second start in a second its very name.
+        names = (path.name.split(".") for path in folder.glob("events.out.tfevents.*"))
+        seconds = max([int(time.time()), *(int(name[3]) + 1 for name in names)])
+        path = folder / f"events.out.tfevents.{seconds}.{platform.node()}"
+        self._file = open(path, "xb")  # noqa: SIM115 - closed in `close`
+        self._put(file_version="brain.Event:2")
+        if start_step:  # hides what a killed run has written after it
+            start = events.SessionLog(status=events.SessionLog.START)
+            self._put(step=start_step + 1, session_log=start)
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """The scalars of a step, by their names."""
+        scalar = self._summary.Value
+        scalars = [scalar(tag=name, simple_value=value) for name, value in values.items()]
+        self._put(step=step, summary=self._summary(value=scalars))
+
+    def _put(self, **fields: Any) -> None:
+        """A record: length and event, each followed by its checksum."""
+        event = self._event(wall_time=time.time(), **fields).SerializeToString()
+        for part in (struct.pack("<Q", len(event)), event):
+            self._file.write(part + struct.pack("<I", self._checksum(part)))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line that a kill cut off is left out. [] if it is missing."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue  # power failed in the middle of a write
+        if isinstance(row, dict) and {"step", "split"} <= row.keys():
+            rows.append(row)
     return rows
 
 

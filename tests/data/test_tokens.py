@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import resource
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -8,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit_jax.data import shards
+from lowbit_jax.data.pipeline import make_batches
 from lowbit_jax.data.split import is_validation
 from lowbit_jax.data.text import as_pieces, bundled_text
 from lowbit_jax.data.tokenizers import ByteTokenizer, count_bytes, train_bpe
@@ -162,6 +166,44 @@ def test_changed_tokens_are_found_by_verify(dataset):
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match=r"checksum is .* instead of"):
         open_dataset(dataset.path, verify=True)
+
+
+def test_a_shard_cut_off_while_it_is_read_is_an_error_that_names_it(dataset):
+    batches = make_batches(dataset.train, batch_size=8, seq_len=64, seed=0)
+    next(batches)
+    path = dataset.path / "train-00001.tokens"
+    os.truncate(path, shards.HEADER_BYTES + 1000)
+    first = len(dataset.train.parts[0])
+    # What is left can be read, and what is gone is no signal of the kernel.
+    assert len(dataset.train[first : first + 1000]) == 1000
+    with pytest.raises(OSError, match=r"train-00001.tokens must hold .*Copy or prepare"):
+        dataset.train[first : first + 1001]
+    with pytest.raises(OSError, match="it was cut off while it was in use"):
+        next(batch for batch in batches if len(batch.inputs) == 0)  # reads on to the end
+
+
+@pytest.mark.parametrize("how", ["deleted", "prepared anew"])
+def test_a_dataset_that_goes_while_it_is_read_stays_with_its_reader(dataset, how):
+    before = dataset.train[:]
+    if how == "deleted":
+        shutil.rmtree(dataset.path)
+    else:
+        write_dataset(["new"], ByteTokenizer(), dataset.path, overwrite=True)
+    np.testing.assert_array_equal(dataset.train[:], before)  # exact
+
+
+def test_a_disk_that_takes_no_more_is_told_and_preparing_can_be_repeated(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write: .*make room and prepare .*train-00000"):
+            write_dataset([TEXT], ByteTokenizer(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(ValueError, match="preparation was interrupted"):
+        open_dataset(tmp_path)
+    write_dataset([TEXT], ByteTokenizer(), tmp_path)
+    open_dataset(tmp_path, verify=True)
 
 
 def rewrite(path, **changes):
