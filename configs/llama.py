@@ -62,7 +62,7 @@ def get_config(
     cage_total_strength: float = 0.0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     implementation: str | None = None,
-    remat: bool = False,
+    recompute: str = "none",
     scan_unroll: int = 1,
     eval_interval: int = 1000,
     eval_batches: int = 16,
@@ -91,7 +91,7 @@ def get_config(
       weight_rounding: Of these codes: stochastic keeps updates below half a step on average,
         nearest loses them unless the momentum carries them. None takes stochastic.
       quantize_once: Quantize weights once a step and not in every layer's forward pass: the same
-        values, less work with micro_batches or remat.
+        values, less work with micro_batches or recompute.
       moments: How Adam's two are stored, of 4 bytes a parameter each: bfloat16 takes 2, and e4m3
         takes 1 for the first, with a scale for 128, and 2 for the second. Rounded stochastically.
       param_dtype: How float parameters are stored. bfloat16 takes 2 bytes instead of 4; updates
@@ -109,9 +109,11 @@ def get_config(
         the weights towards their grid in the last fifth of the run; 0 is plain AdamW, published
         runs have 1.6 to 2.7.
       dtype: Of activations and operands.
-      implementation: How quantized products are computed: dequantize, fp8 or hopper, the kernels
-        for H100 and H200; refused where a product is not covered. None chooses for each product.
-      remat: Recompute each block in the backward pass instead of keeping its activations.
+      implementation: How quantized products are computed: dequantize, fp8, hopper, the kernels
+        for H100 and H200, or hopper_bf16, which makes operands in NVFP4 by such a kernel; refused
+        where a product is not covered. None chooses for each product.
+      recompute: Activations that the backward pass computes anew instead of keeping: none, or
+        flags joined by "+" of swiglu, norm, ffn, qkv, att and block (all of them).
       scan_unroll: Layers in one iteration of the loop over them; more compile longer, run faster.
       eval_interval: Steps between two validations.
       eval_batches: Batches of each, the last one included.
@@ -148,7 +150,7 @@ def get_config(
         dtype=dtype,
         recipe_rules=setup.recipe_rules,
         implementation=implementation,
-        remat=remat,
+        recompute=recompute,
         scan_unroll=scan_unroll,
     )
     return Config(

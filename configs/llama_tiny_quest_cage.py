@@ -60,7 +60,7 @@ def get_config(
       weight_rounding: Of these codes: stochastic keeps updates below half a step on average,
         nearest loses them unless the momentum carries them. None takes stochastic.
       quantize_once: Quantize weights once a step and not in every layer's forward pass: the same
-        values, less work with micro_batches or remat.
+        values, less work with micro_batches or recomputation.
       moments: How Adam's two are stored, of 4 bytes a parameter each: bfloat16 takes 2, and e4m3
         takes 1 for the first, with a scale for 128, and 2 for the second. Rounded stochastically.
       param_dtype: How float parameters are stored. bfloat16 takes 2 bytes instead of 4; updates

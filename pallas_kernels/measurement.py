@@ -23,11 +23,16 @@ class DataSheet:
     bandwidth: float
 
 
-# NVIDIA's data sheets of the H100 SXM and the H200 SXM, by the name that JAX reports. Names that
-# merely begin or end like these are of other cards: GH200, H200 NVL, slices of an H100.
+# NVIDIA's data sheets and white papers, by the name that JAX reports; four digits where they have
+# them. float8 products accumulate in float32. Names that merely begin or end like these are of
+# other cards: GH200, H200 NVL, slices of an H100.
 _DATA_SHEETS = {
-    "NVIDIA H100 80GB HBM3": DataSheet({BF16: 989e12, FP8: 1979e12}, 3.35e12),
-    "NVIDIA H200": DataSheet({BF16: 989e12, FP8: 1979e12}, 4.8e12),
+    "NVIDIA H100 80GB HBM3": DataSheet({BF16: 989.4e12, FP8: 1978.9e12}, 3.35e12),
+    "NVIDIA H200": DataSheet({BF16: 989.4e12, FP8: 1978.9e12}, 4.8e12),
+    "NVIDIA B200": DataSheet({BF16: 2250e12, FP8: 4500e12}, 8e12),
+    "NVIDIA L40S": DataSheet({BF16: 362e12, FP8: 733e12}, 0.864e12),
+    "NVIDIA GeForce RTX 4090": DataSheet({BF16: 165.2e12, FP8: 330.3e12}, 1.008e12),
+    "NVIDIA GeForce RTX 5090": DataSheet({BF16: 209.5e12, FP8: 419e12}, 1.792e12),
 }
 
 

@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("lowbit")
 _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / f"jax-{jax.__version__}"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_num_cpu_devices", 4)  # simulated: shardings are tested without a cluster
+jax.config.update("jax_num_cpu_devices", 8)  # simulated: shardings are tested without a cluster
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
@@ -24,7 +25,8 @@ def rms_norm(
     """`x / sqrt(mean(x^2) + eps) * scale` along the last axis.
 
     Statistics and arithmetic are float32; the result is rounded once, to `x.dtype`. `eps` is
-    static.
+    static. The factor `1 / sqrt(...)`, kept for the backward pass, is named "rstd" for policies of
+    `jax.checkpoint`.
 
     References:
       Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
@@ -35,6 +37,7 @@ def rms_norm(
 def _rms_norm_fwd(x, scale, eps):
     x32 = x.astype(jnp.float32)
     inverse_rms = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    inverse_rms = checkpoint_name(inverse_rms, "rstd")
     y = (x32 * inverse_rms * scale.astype(jnp.float32)).astype(x.dtype)
     return y, (x, inverse_rms, scale)
 

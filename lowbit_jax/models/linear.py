@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lowbit_jax.models.layers import logical_init
 from lowbit_jax.ops import recipes
 from lowbit_jax.ops.dot_recipe import DotRecipe
-from lowbit_jax.ops.quantized_dot import quantized_dot, quantized_dots
+from lowbit_jax.ops.quantized_dot import quantized_dots
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
 
 RecipeRules = tuple[tuple[str, DotRecipe], ...]
@@ -47,10 +47,10 @@ def resolve_recipes(
 
 
 class QuantizedLinear(nn.Module):
-    """`y = x weight^T`, the product by `recipe`; no bias.
+    """`y = x weight^T`, or `x weight^T + bias`, the product by `recipe`.
 
-    The parameter `weight` `(features, k)` is float32 and starts as `N(0, stddev^2)`. `apply` also
-    takes a `QuantizedWeight` in its place.
+    The parameter `weight` `(features, k)` is float32 and starts as `N(0, stddev^2)`, `bias`
+    `(features,)`, never quantized, as zeros. `apply` also takes a `QuantizedWeight` for the weight.
 
     Attributes:
       features: Width of the output.
@@ -58,6 +58,8 @@ class QuantizedLinear(nn.Module):
       axes: Logical names of the axes of `weight`.
       stddev: Of the initial weights.
       implementation: Of the products, see `quantized_dots`.
+      has_bias: Whether there is a `bias`; it is added in the dtype of the product.
+      saved_as: See `quantized_dots`.
     """
 
     features: int
@@ -65,28 +67,44 @@ class QuantizedLinear(nn.Module):
     axes: tuple[str, str]
     stddev: float = 0.02
     implementation: str | None = None
+    has_bias: bool = False
+    saved_as: tuple[str, str] | None = None
 
     @nn.compact
-    def matrix(self, k: int) -> Any:
-        """The weight `(features, k)`, or the `QuantizedWeight` in its place."""
-        shape = (self.features, k)
+    def parameters(self, k: int) -> tuple[Any, Float[Array, "n"] | None]:
+        """The weight `(features, k)` or the `QuantizedWeight` in its place; the bias or None."""
+        shape, bias = (self.features, k), None
+        if self.has_bias:
+            init = logical_init(nn.initializers.zeros_init(), self.axes[:1])
+            bias = self.param("bias", init, shape[:1], jnp.float32)
         weight = self.get_variable("params", "weight")
         if not isinstance(weight, QuantizedWeight):  # whose parts `param` would compare one by one
             init = logical_init(nn.initializers.normal(self.stddev), self.axes)
-            return self.param("weight", init, shape, jnp.float32)
-        if weight.master.shape != shape:
+            weight = self.param("weight", init, shape, jnp.float32)
+        elif weight.master.shape != shape:
             raise ValueError(
                 f"QuantizedLinear: the weight must be {shape}, got a QuantizedWeight of"
                 f" {weight.master.shape}; initialize the parameters with this very model."
             )
-        return weight
+        return weight, bias
+
+    def matrix(self, k: int) -> Any:
+        """The weight of `parameters`."""
+        return self.parameters(k)[0]
+
+    def add_bias(self, y: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch n"]:
+        """`y + bias` in the dtype of `y`; `y` where there is no bias."""
+        bias = self.parameters(k)[1]
+        return y if bias is None else y + bias.astype(y.dtype)
 
     def __call__(
         self, x: Float[Array, "*batch k"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch n"]:
         """`(*batch, features)` in `x.dtype`; `key` only where the recipe is random."""
-        weight = self.matrix(x.shape[-1])
-        return quantized_dot(x, weight, self.recipe, key=key, implementation=self.implementation)
+        weights = {"": self.matrix(x.shape[-1])}
+        options = {"implementation": self.implementation, "saved_as": self.saved_as}
+        y = quantized_dots(x, weights, self.recipe, key=key, **options)[""]
+        return self.add_bias(y, x.shape[-1])
 
 
 def multiply_all(
@@ -101,10 +119,12 @@ def multiply_all(
     """
     alike = {}
     for layer in layers:
-        alike.setdefault((layer.recipe, layer.implementation), []).append(layer)
+        how = layer.recipe, layer.implementation, layer.saved_as
+        alike.setdefault(how, []).append(layer)
     results = {}
-    for index, ((recipe, implementation), group) in enumerate(alike.items()):
+    for index, ((recipe, implementation, saved_as), group) in enumerate(alike.items()):
         own_key = jax.random.fold_in(key, index) if index and key is not None else key
         weights = {layer.name: layer.matrix(x.shape[-1]) for layer in group}
-        results |= quantized_dots(x, weights, recipe, key=own_key, implementation=implementation)
-    return [results[layer.name] for layer in layers]
+        options = {"implementation": implementation, "saved_as": saved_as}
+        results |= quantized_dots(x, weights, recipe, key=own_key, **options)
+    return [layer.add_bias(results[layer.name], x.shape[-1]) for layer in layers]

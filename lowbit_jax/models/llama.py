@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from lowbit_jax.models.layers import RMSNorm, logical_init, rotary_angles, rotate_positions, swiglu
@@ -25,6 +26,7 @@ from lowbit_jax.models.linear import (
     multiply_all,
     resolve_recipes,
 )
+from lowbit_jax.models.recompute import SAVED_AS, dropped_names, recomputing
 from lowbit_jax.ops.attention import attention
 from lowbit_jax.ops.cross_entropy import linear_cross_entropy
 from lowbit_jax.ops.dispatch import check_implementation
@@ -57,6 +59,7 @@ class LlamaConfig:
       rope_theta: Base of the rotary frequencies.
       norm_eps: Added to the mean square in every norm.
       tie_embeddings: Whether the embedding serves as the head.
+      qkv_bias: Whether the query, key and value projections add a bias, as those of Qwen2.5 do.
       dtype: `"bfloat16"` or `"float32"`: of activations and of the operands of products. On a GPU
         float32 products of the blocks are TF32 unless `jax.default_matmul_precision` says else.
       recipe_rules: See `resolve_recipes`; a matrix that no rule matches is not quantized.
@@ -65,7 +68,8 @@ class LlamaConfig:
       attention: `"cudnn"`, `"xla"` or `None`, see `ops.attention.attention`.
       scan_unroll: Layers in one iteration of the scan. `n_layers` leaves no loop: slower to
         compile, faster to run, since nothing is copied into and out of stacked buffers.
-      remat: Whether backward recomputes each block from its input instead of keeping activations.
+      recompute: What backward computes anew instead of keeping: "none", or flags joined by "+" of
+        swiglu, norm, ffn, qkv, att and block, see `models.recompute`.
       loss_chunks: See `ops.cross_entropy.linear_cross_entropy`.
 
     Raises:
@@ -81,12 +85,13 @@ class LlamaConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False
     dtype: str = "bfloat16"
     recipe_rules: RecipeRules = ()
     implementation: str | None = None
     attention: str | None = None
     scan_unroll: int = 1
-    remat: bool = False
+    recompute: str = "none"
     loss_chunks: int | None = None
 
     def __post_init__(self):
@@ -127,6 +132,7 @@ class LlamaConfig:
                 f"LlamaConfig: scan_unroll must be at least 1, got {self.scan_unroll};"
                 f" n_layers = {self.n_layers} unrolls fully."
             )
+        dropped_names(self.recompute)
         resolve_recipes(self.recipe_rules, QUANTIZABLE_PATHS)
 
     @property
@@ -153,7 +159,10 @@ class LlamaConfig:
         stddev = 0.02 / (2 * self.n_layers) ** 0.5 if is_residual else 0.02
         name = path.rsplit("/", 1)[1]
         implementation = None if recipe.is_identity else self.implementation
-        return QuantizedLinear(features, recipe, axes, stddev, implementation, name=name)
+        has_bias = self.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
+        return QuantizedLinear(
+            features, recipe, axes, stddev, implementation, has_bias, SAVED_AS[name], name=name
+        )
 
 
 class Attention(nn.Module):
@@ -176,6 +185,7 @@ class Attention(nn.Module):
             y.reshape(b, t, -1, config.head_dim) for y in multiply_all(rows, layers, key=keys[0])
         )
         q, k = rotate_positions(q, *rotary), rotate_positions(k, *rotary)
+        q, k, v = (checkpoint_name(z, "qkv") for z in (q, k, v))
         y = attention(q, k, v, implementation=config.attention)
         layer = config.linear("layers/attention/o_proj", d, ("embed", "heads"))
         return layer(y.reshape(b * t, d), key=keys[1]).reshape(x.shape)
@@ -195,12 +205,17 @@ class MLP(nn.Module):
             for name in ("gate_proj", "up_proj")
         ]
         down = config.linear("layers/mlp/down_proj", config.d_model, ("embed", "mlp"))
-        gate, up = multiply_all(x.reshape(-1, x.shape[-1]), layers, key=keys[0])
-        return down(swiglu(gate, up), key=keys[1]).reshape(x.shape)
+        products = multiply_all(x.reshape(-1, x.shape[-1]), layers, key=keys[0])
+        gate, up = (checkpoint_name(z, "mlp_up") for z in products)
+        y = checkpoint_name(swiglu(gate, up), "swiglu")
+        return down(y, key=keys[1]).reshape(x.shape)
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the body of the scan over layers."""
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; the body of the scan over layers.
+
+    Activations have the names that `models.recompute` lists.
+    """
 
     config: LlamaConfig
 
@@ -209,9 +224,11 @@ class Block(nn.Module):
         """Carry `(b, t, d)` to carry, and no output; `key` is this layer's or `None`."""
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         eps = self.config.norm_eps
-        normalized = RMSNorm(eps, name="attention_norm")(x)
+        x = checkpoint_name(x, "resid")
+        normalized = checkpoint_name(RMSNorm(eps, name="attention_norm")(x), "ln1")
         x = x + Attention(self.config, name="attention")(normalized, rotary, keys[:2])
-        normalized = RMSNorm(eps, name="mlp_norm")(x)
+        x = checkpoint_name(x, "att_out")
+        normalized = checkpoint_name(RMSNorm(eps, name="mlp_norm")(x), "ln2")
         return x + MLP(self.config, name="mlp")(normalized, keys[2:]), None
 
 
@@ -244,11 +261,7 @@ class Llama(nn.Module):
     def setup(self):
         """Declares embedding, scanned blocks, final norm and head."""
         config = self.config
-        block = Block
-        if config.remat:
-            # In a loop the compiler cannot merge the recomputation with the original; unrolled it
-            # would, so there a barrier has to keep them apart.
-            block = nn.remat(Block, prevent_cse=config.scan_unroll > 1)
+        block = recomputing(Block, config.recompute, is_unrolled=config.scan_unroll > 1)
         self.embedding = Table(config.vocab_size, config.d_model)
         self.layers = nn.scan(
             block,

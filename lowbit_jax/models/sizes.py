@@ -1,5 +1,7 @@
 """Standard Llama shapes, and what a shape costs: parameters and floating-point operations."""
 
+from typing import Any
+
 from lowbit_jax.models.llama import LlamaConfig
 
 # 30m to 800m are the sizes of Panferov et al., QuEST, arXiv:2502.05003, with heads of width 128;
@@ -16,33 +18,63 @@ LLAMA_SIZES: dict[str, dict[str, int]] = {
     "1b": {"n_layers": 16, "d_model": 2048, "n_heads": 32, "n_kv_heads": 8, "d_ff": 8192},
 }
 
+# Qwen team, Qwen2.5 Technical Report, arXiv:2412.15115, table 1, and the published checkpoints.
+_QWEN: dict[str, Any] = {"n_kv_heads": 2, "vocab_size": 151_936, "tie_embeddings": True}
+_QWEN |= {"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True}
+_QWEN_LARGE = _QWEN | {"vocab_size": 152_064, "tie_embeddings": False}
+QWEN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": _QWEN | {"n_layers": 24, "d_model": 896, "n_heads": 14, "d_ff": 4864},
+    "qwen2.5-1.5b": _QWEN | {"n_layers": 28, "d_model": 1536, "n_heads": 12, "d_ff": 8960},
+    "qwen2.5-3b": _QWEN | {"n_layers": 36, "d_model": 2048, "n_heads": 16, "d_ff": 11008},
+    "qwen2.5-7b": _QWEN_LARGE
+    | {"n_layers": 28, "d_model": 3584, "n_heads": 28, "n_kv_heads": 4, "d_ff": 18944},
+    "qwen2.5-14b": _QWEN_LARGE
+    | {"n_layers": 48, "d_model": 5120, "n_heads": 40, "n_kv_heads": 8, "d_ff": 13824},
+}
 
-def llama_config(size: str, vocab_size: int = 32000, **overrides) -> LlamaConfig:
-    """The `LlamaConfig` of `LLAMA_SIZES[size]`.
+
+def llama_config(size: str, vocab_size: int | None = None, **overrides) -> LlamaConfig:
+    """The `LlamaConfig` of a name in `LLAMA_SIZES` or `QWEN_SIZES`.
 
     Args:
-      size: A name, as in `"30m"`.
-      vocab_size: Rows of embedding and head.
+      size: A name, as in `"30m"` or `"qwen2.5-0.5b"`.
+      vocab_size: Rows of embedding and head; None: 32,000, or what the shape says.
       **overrides: Any other field of `LlamaConfig`.
 
     Raises:
       ValueError: If there is no such size.
     """
-    if size not in LLAMA_SIZES:
+    shapes: dict[str, dict[str, Any]] = {**LLAMA_SIZES, **QWEN_SIZES}
+    if size not in shapes:
         raise ValueError(
-            f"llama_config: size must be one of {', '.join(LLAMA_SIZES)}, got {size!r};"
+            f"llama_config: size must be one of {', '.join(shapes)}, got {size!r};"
             " build a LlamaConfig for other shapes."
         )
-    return LlamaConfig(**{"vocab_size": vocab_size, **LLAMA_SIZES[size], **overrides})
+    fields: dict[str, Any] = {"vocab_size": 32_000, **shapes[size], **overrides}
+    if vocab_size is not None:
+        fields["vocab_size"] = vocab_size
+    return LlamaConfig(**fields)
 
 
 def count_params(config: LlamaConfig) -> dict[str, int]:
-    """Parameters: `"total"`, and `"non_embedding"`, which leaves out embedding and head alone."""
-    norms = (2 * config.n_layers + 1) * config.d_model
-    non_embedding = _block_matrices(config) + norms
-    tables = 1 if config.tie_embeddings else 2
-    total = non_embedding + tables * config.vocab_size * config.d_model
-    return {"total": total, "non_embedding": non_embedding}
+    """Parameters of the whole model and of its parts.
+
+    Returns:
+      `"total"`; `"non_embedding"`, which leaves out embedding and head alone; `"matrices"`, those
+      of the seven matrices over all layers; `"vectors"`, norms and biases, the final norm
+      included; `"tables"`, embedding and, if it is another one, head.
+    """
+    matrices = _block_matrices(config)
+    qkv = (config.n_heads + 2 * config.kv_heads) * config.head_dim if config.qkv_bias else 0
+    vectors = (2 * config.n_layers + 1) * config.d_model + config.n_layers * qkv
+    tables = (1 if config.tie_embeddings else 2) * config.vocab_size * config.d_model
+    return {
+        "total": matrices + vectors + tables,
+        "non_embedding": matrices + vectors,
+        "matrices": matrices,
+        "vectors": vectors,
+        "tables": tables,
+    }
 
 
 def flops_per_token(config: LlamaConfig, seq_len: int) -> int:
@@ -59,8 +91,16 @@ def flops_per_token(config: LlamaConfig, seq_len: int) -> int:
       Chowdhery et al., PaLM, arXiv:2204.02311, appendix B: the definition of MFU, with all of the
       attention counted, twice ours.
     """
-    matrices = _block_matrices(config) + config.vocab_size * config.d_model
-    return 6 * matrices + 6 * config.n_layers * config.d_model * seq_len
+    return sum(flops_by_part(config, seq_len).values())
+
+
+def flops_by_part(config: LlamaConfig, seq_len: int) -> dict[str, int]:
+    """The terms of `flops_per_token`: `"blocks"`, the seven matrices; `"head"`; `"attention"`."""
+    return {
+        "blocks": 6 * _block_matrices(config),
+        "head": 6 * config.vocab_size * config.d_model,
+        "attention": 6 * config.n_layers * config.d_model * seq_len,
+    }
 
 
 def _block_matrices(config: LlamaConfig) -> int:

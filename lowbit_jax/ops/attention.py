@@ -4,12 +4,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.compat import cuda_capability
 
 AttentionImplementation = Literal["cudnn", "xla"]
+SAVED_AS = "att"  # the result's name for policies of `jax.checkpoint`
 
 
 def attention(
@@ -24,6 +26,10 @@ def attention(
     With fewer key than query heads, query head `j` reads key head `j // (h // hk)` (grouped-query
     attention). Softmax and score accumulation are float32, the probabilities are rounded to the
     dtype of `v` before the second product. The layout is cuDNN's own: nothing is transposed.
+
+    For policies of `jax.checkpoint` the result of "xla" has the name `SAVED_AS`. That of "cudnn" is
+    kept by the primitive that makes it, together with the statistics that its backward kernel
+    needs; a name would keep it twice.
 
     Args:
       q: `(b, t, h, d)`.
@@ -67,7 +73,8 @@ def attention(
     # XLA would round float32 operands to TF32 on a GPU unless told not to.
     precision = "highest" if q.dtype == jnp.float32 else None
     with jax.default_matmul_precision(precision):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=chosen)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=chosen)
+    return checkpoint_name(y, SAVED_AS) if chosen == "xla" else y
 
 
 def choose_implementation(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped
 
 from lowbit_jax.ops import dispatch
@@ -68,14 +69,16 @@ def quantized_dot(
       recipe: What to quantize to; static under `jit`.
       key: Randomness of stochastic rounding and random signs. Needed if `recipe.needs_key`,
         unused otherwise; new for every step and layer.
-      implementation: "dequantize", "fp8", "hopper" or "blackwell"; taken for all three products or
-        refused. None: chosen for each product, and `explain` tells which and why: "fp8" for float8
-        formats with one scale a tensor; "hopper" for 4-bit formats that float8 holds, and `dx` of
-        an unquantized gradient that is rotated back, on a Hopper GPU with JAX 0.11, unless the
-        shape is small or ragged, or there are several devices over which `jit` may partition, as it
-        does not kernels; "dequantize" for the rest. The device is that of `jax.default_device`, or
-        the first: where arrays are cannot be known while tracing. Functions of arrays that are
-        committed to the CPU of a machine with a GPU must be traced under the former.
+      implementation: "dequantize", "fp8", "hopper", "hopper_bf16" or "blackwell"; taken for all
+        three products or refused. The last two, our kernel's NVFP4 operands in bfloat16 and
+        block-scaled products, only by name: they have never run on such a GPU. None: chosen for
+        each product, and `explain` tells which and why: "fp8" for float8 formats with one scale a
+        tensor; "hopper" for 4-bit formats that float8 holds, and `dx` of an unquantized gradient
+        that is rotated back, on a Hopper GPU with JAX 0.11, unless the shape is small or ragged, or
+        there are several devices over which `jit` may partition, as it does not kernels;
+        "dequantize" for the rest. The device is that of `jax.default_device`, or the first: where
+        arrays are cannot be known while tracing. Functions of arrays that are committed to the CPU
+        of a machine with a GPU must be traced under the former.
 
     Returns:
       `(*batch, n)` in the dtype of `x`.
@@ -99,6 +102,7 @@ def quantized_dots(
     *,
     key: PRNGKeyArray | None = None,
     implementation: str | None = None,
+    saved_as: tuple[str, str] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """`quantized_dot` of one x with several weights, such as those of query, key and value.
 
@@ -112,6 +116,9 @@ def quantized_dots(
       recipe: Of all products.
       key: One for all.
       implementation: As for `quantized_dot`.
+      saved_as: Names for policies of `jax.checkpoint`, of what is made of x and kept for the
+        backward pass, mask included, and of the results; what is made of weights is named
+        "weights". Arguments kept as they are get none: name them before. None: no names.
 
     Returns:
       A result for each name.
@@ -122,7 +129,7 @@ def quantized_dots(
     """
     if not weights:
         raise ValueError("quantized_dots: weights must hold one matrix at least, got none.")
-    return _quantized_dots(x, weights, recipe, key, implementation)
+    return _quantized_dots(x, weights, recipe, key, implementation, saved_as=saved_as)
 
 
 def quantized_dot_general(
@@ -179,7 +186,9 @@ def quantized_dot_general(
     return y.reshape(free)
 
 
-def _quantized_dots(x, weights, recipe, key, implementation, out_dtype=None) -> dict[str, Array]:
+def _quantized_dots(
+    x, weights, recipe, key, implementation, out_dtype=None, saved_as=None
+) -> dict[str, Array]:
     x = jnp.asarray(x)
     # In the order of a pytree's leaves.
     ws = {name: _as_weight(weights[name]) for name in sorted(weights)}
@@ -199,21 +208,24 @@ def _quantized_dots(x, weights, recipe, key, implementation, out_dtype=None) -> 
     is_by_kernel = any(call.target("y", spec) is not None for spec in (recipe.y_x, recipe.y_w))
     # Interpreted kernels have effects, which checkpoints do not take.
     dots = _dots_by_kernel if is_by_kernel and not is_interpreting() else _dots
-    ys = dots(x, ws, key if recipe.needs_key else None, call)
+    ys = dots(x, ws, key if recipe.needs_key else None, call, saved_as)
     return {name: ys[name] for name in weights}
 
 
-def _dots_primal(x, ws, key, call: Call):
-    return _forward(x, ws, key, call, keeps=False)[0]
+def _dots_primal(x, ws, key, call: Call, saved_as):
+    return _forward(x, ws, key, call, saved_as, keeps=False)[0]
 
 
-def _dots_fwd(x, ws, key, call: Call):
-    return _forward(x, ws, key, call, keeps=True)
+def _dots_fwd(x, ws, key, call: Call, saved_as):
+    return _forward(x, ws, key, call, saved_as, keeps=True)
 
 
-def _forward(x, ws, key, call: Call, *, keeps: bool):
+def _forward(x, ws, key, call: Call, saved_as, *, keeps: bool):
     """The results, and what backward needs if it `keeps` that."""
+    of_x_name, y_name = saved_as or (None, None)
+    of_w_name = "weights" if saved_as else None
     x_q, of_x = forward_operand(x, "x", split_keys(key), call, keeps=keeps)
+    x_q, of_x = _named((x_q, of_x), of_x_name, x)
     ys, of_ws = {}, {}
     for index, (name, w) in enumerate(ws.items()):
         keys = split_keys(key, index)
@@ -221,13 +233,27 @@ def _forward(x, ws, key, call: Call, *, keeps: bool):
             if isinstance(w, QuantizedWeight):
                 w_q, of_ws[name] = operand_of_quantized(w, keys, call)
             else:
-                w_q, of_ws[name] = forward_operand(w, "w", keys, call, keeps=keeps)
+                operand, residual = forward_operand(w, "w", keys, call, keeps=keeps)
+                w_q, of_ws[name] = _named((operand, residual), of_w_name, w)
             y = run_product("y", x_q, w_q, call, call.out_dtype)
-        ys[name] = y.reshape(*x.shape[:-1], y.shape[-1])
+        ys[name] = _named(y.reshape(*x.shape[:-1], y.shape[-1]), y_name, None)
     return ys, (of_x, of_ws, key)
 
 
-def _dots_bwd(call: Call, residuals, gs):
+def _named(tree, name: str | None, argument):
+    """`tree` with its arrays named, the same where they are the same, but for the `argument`."""
+    if name is None:
+        return tree
+    named = {id(argument): argument}
+    leaves, treedef = jax.tree.flatten(tree)
+    for leaf in leaves:
+        if id(leaf) not in named:
+            named[id(leaf)] = checkpoint_name(leaf, name)
+    return treedef.unflatten([named[id(leaf)] for leaf in leaves])
+
+
+def _dots_bwd(call: Call, saved_as, residuals, gs):
+    del saved_as
     of_x, of_ws, key = residuals
     for_dx, for_dw = {}, {}
     for index, (name, g) in enumerate(gs.items()):
@@ -257,12 +283,12 @@ def _dots_bwd(call: Call, residuals, gs):
     return dx, dws, None
 
 
-_dots = jax.custom_vjp(_dots_primal, nondiff_argnums=(3,))
+_dots = jax.custom_vjp(_dots_primal, nondiff_argnums=(3, 4))
 _dots.defvjp(_dots_fwd, _dots_bwd)
 # A kernel makes operands of both passes in one call, which is not taken apart where jax.checkpoint
 # drops those of the backward pass: then the primal is to run. Second derivatives, which this
 # excludes, kernels do not have.
-_dots_by_kernel = jax.custom_vjp(_dots_primal, nondiff_argnums=(3,))
+_dots_by_kernel = jax.custom_vjp(_dots_primal, nondiff_argnums=(3, 4))
 _dots_by_kernel.defvjp(_dots_fwd, _dots_bwd, optimize_remat=True)
 
 

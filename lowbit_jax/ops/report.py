@@ -68,7 +68,7 @@ class Explanation:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
+def explain(fn: Callable | jax.stages.Traced, *args: Any, **kwargs: Any) -> Explanation:
     """Lists every product of `quantized_dot` that `fn(*args, **kwargs)` runs.
 
     Traces `fn` and reads its program; nothing is computed. Products inside `jit` (compiled already
@@ -78,15 +78,17 @@ def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
       fn: Any function that JAX can trace. Bind arguments that are not arrays first, with
-        `functools.partial` or a lambda.
-      *args: Its arguments; `jax.ShapeDtypeStruct` will do for arrays.
+        `functools.partial` or a lambda. Or what `jax.jit(fn).trace(...)` has made of it.
+      *args: Its arguments, unless it has been traced; `jax.ShapeDtypeStruct` will do for arrays.
       **kwargs: Its keyword arguments.
 
     Returns:
       The rows in program order, those alike in every field but `count` added up.
     """
+    is_traced = isinstance(fn, jax.stages.Traced)
+    program = fn.jaxpr if is_traced else jax.make_jaxpr(fn)(*args, **kwargs)
     counts: dict[ProductRow, int | None] = {}
-    for row in _rows(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, (), 1):
+    for row in _rows(program.jaxpr, (), 1):
         key = dataclasses.replace(row, count=None)
         so_far = counts.get(key, 0)
         counts[key] = None if so_far is None or row.count is None else so_far + row.count

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import optax
 import tyro
@@ -145,6 +145,12 @@ class RunOptions:
         same shapes. The checkpoint and the metrics up to it are copied, so that the branch resumes
         without the other folder. For variants that differ only late in a run, as strengths of CAGE
         do, whose correction is silent until then.
+      mesh: Devices as DATAxFSDPxTENSOR: 4x2x1 cuts a batch over 8 devices, 1x1x4 the matrices over
+        4. What is trained is the same up to the order of sums, so that a run may go on on another
+        mesh.
+      zero: What the devices of data and fsdp share: 1, each keeps its part of the optimizer state;
+        2, of the gradients as well; 3, of the weights as well, over fsdp (over data where fsdp has
+        one device).
       sample: Let the trained model continue a prompt, and measure baselines on the same text, at
         the end; a sweep of many runs does without.
     """
@@ -155,6 +161,8 @@ class RunOptions:
     save: bool = True
     stop_after: int | None = None
     branch_from: str | None = None
+    mesh: str = "1x1x1"
+    zero: Literal[1, 2, 3] = 1
     sample: bool = True
 
 

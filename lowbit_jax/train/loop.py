@@ -1,25 +1,27 @@
 """The training loop: data in, checkpoints and records out, exact after any interruption."""
 
 import collections
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
 from lowbit_jax.data.pipeline import make_batches, validation_batches
-from lowbit_jax.models import Llama
+from lowbit_jax.models import Llama, logical_axes
+from lowbit_jax.ops import explain
 from lowbit_jax.optim import dequantize_leaves
 from lowbit_jax.train.branch import branch_off
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
 from lowbit_jax.train.config import Config, RunIdentity, RunOptions, UsageError, check_data
 from lowbit_jax.train.evaluate import Evaluation, make_evaluate
 from lowbit_jax.train.interrupts import Interrupted, StopRequest, listen_for_signals
+from lowbit_jax.train.placement import Placement, make_placement, open_mesh
 from lowbit_jax.train.run_directory import RunDirectory, open_run_directory, versions
 from lowbit_jax.train.state import TrainState, create_state, nonfinite_leaves
 from lowbit_jax.train.step import (
@@ -29,7 +31,7 @@ from lowbit_jax.train.step import (
     make_train_step,
     step_plan,
 )
-from lowbit_jax.train.summary import Summary, describe_model, load_summary, summarize
+from lowbit_jax.train.summary import Summary, describe_model, load_summary, paths_table, summarize
 from lowbit_jax.train.tracking import MetricsLog, Progress, Throughput, read_metrics
 
 # Steps whose metrics may still be on the device: enough to keep its queue filled.
@@ -82,24 +84,38 @@ def train(
     check_data(config, needs_validation=options.validate)
     if options.stop_after is not None and options.stop_after < 1:
         raise UsageError(f"train: --stop-after must be at least 1, got {options.stop_after}.")
+    mesh = open_mesh(config, options)
     with open_run_directory(
-        identity, options.run_dir, fresh=options.fresh, branch_from=options.branch_from
+        identity,
+        options.run_dir,
+        fresh=options.fresh,
+        branch_from=options.branch_from,
+        warn=lambda text: _say(console, f"warning: {text}"),
     ) as run:
         if (finished := load_summary(run.path)) is not None:
             _say(console, f"{run.path} holds this run, finished; pass --fresh to train it anew.")
             return finished
-        return _Run(config, run, options, console).train(generate)
+        run.check_data(config.data.fingerprint)
+        if options.save:
+            run.check_writable()
+        return _Run(config, run, options, console, mesh).train(generate)
 
 
 class _Phase:
     """A stretch of the run under one set of recipe rules; compiled when first called."""
 
-    def __init__(self, config: Config, start: int, model: Llama):
+    def __init__(
+        self, config: Config, start: int, model: Llama, placement: Placement | None = None
+    ):
         self.start, self.model = start, model
         self.plan = step_plan(config, model)
-        loss_fn = loss_function(model)
+        loss_fn = loss_function(model, None if placement is None else placement.layout)
         self.train_step = make_train_step(
-            loss_fn, config.optimizer, self.plan, learning_rate=config.learning_rate
+            loss_fn,
+            config.optimizer,
+            self.plan,
+            learning_rate=config.learning_rate,
+            placement=placement,
         )
         self.evaluate = make_evaluate(loss_fn)
 
@@ -107,9 +123,17 @@ class _Phase:
 class _Run:
     """What the parts of `train` share."""
 
-    def __init__(self, config: Config, run: RunDirectory, options: RunOptions, console: Console):
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        options: RunOptions,
+        console: Console,
+        mesh: Mesh | None,
+    ):
         self.config, self.run, self.options, self.console = config, run, options, console
-        self.phases = [_Phase(config, *phase) for phase in config.phases]
+        self.placement = None if mesh is None else self.place(mesh)
+        self.phases = [_Phase(config, *phase, self.placement) for phase in config.phases]
         self.values = jax.jit(dequantize_leaves)  # hands on what is no QTensor, without a copy
         # Without text behind the tokens (synthetic data) there are no bits per byte.
         bytes_per_token = config.data.validation.bytes_per_token
@@ -124,7 +148,7 @@ class _Run:
         progress = Progress(self.console, config.steps, start)
         with (
             listen_for_signals(progress.message, self.console.show_cursor) as stop,
-            MetricsLog(self.run.path, start) as self.log,
+            MetricsLog(self.run.path, start, warn=self.warn) as self.log,
             progress as self.progress,
         ):
             self.validated = {
@@ -142,32 +166,37 @@ class _Run:
             generate=generate if self.options.sample else None,
             with_baselines=self.options.sample,
             has_checkpoint=self.run.checkpoints.exists(),
+            devices=1 if self.placement is None else self.placement.layout.mesh.size,
         )
 
     def initial_state(self) -> TrainState:
         """The newest undamaged checkpoint, or freshly drawn weights."""
         config = self.config
-
-        # Placed explicitly, as a restored state is: otherwise the step would compile twice.
-        placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-        @functools.partial(jax.jit, out_shardings=placement)
-        def create(key: PRNGKeyArray) -> TrainState:
-            tokens = np.zeros((1, config.seq_len), np.int32)
-            params = nn.meta.unbox(config.model.init(key, tokens)["params"])
-            return create_state(params, config.optimizer, config.store)
-
         # A key that no step has: those are folded with step numbers.
         key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)
+        # Placed explicitly, as a restored state is: otherwise the step would compile twice. And
+        # each part is drawn where it lies: no device holds a state that is cut as a whole.
+        places = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        if self.placement is not None:
+            places = self.placement.state
+        create = jax.jit(self.create, out_shardings=places)
         tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.int32)
         try:
+            if self.placement is not None:
+                _say(self.console, f"{self.placement.table}\n")
             _say(self.console, describe_model(config))
+            shapes = jax.eval_shape(create, key)
+            if self.placement is None:
+                places = jax.tree.map(lambda _: places, shapes)
             target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
-                jax.eval_shape(create, key),
+                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                shapes,
+                places,
             )
             for phase in self.phases:
-                phase.train_step.trace(target, (tokens, tokens))  # shapes that a recipe refuses
+                traced = phase.train_step.trace(target, (tokens, tokens))  # or a recipe refuses
+                for line in paths_table(explain(traced)):
+                    _say(self.console, line)
             restored = restore_latest(self.run.checkpoints, target, warn=self.warn)
             if restored is None and self.options.branch_from is not None:
                 return self.branch(self.options.branch_from, target)
@@ -178,6 +207,29 @@ class _Run:
         state, _ = restored
         _say(self.console, f"resuming {self.run.path} after step {int(state.step)}")
         return state
+
+    def create(self, key: PRNGKeyArray) -> TrainState:
+        """The state before the first step."""
+        config = self.config
+        tokens = np.zeros((1, config.seq_len), np.int32)
+        params = nn.meta.unbox(config.model.init(key, tokens)["params"])
+        return create_state(params, config.optimizer, config.store)
+
+    def place(self, mesh: Mesh) -> Placement:
+        """Where everything lies on several devices."""
+        config, model = self.config, self.config.model.config
+        try:
+            shapes = jax.eval_shape(self.create, jax.random.key(0))
+            return make_placement(
+                shapes,
+                logical_axes(config.model),
+                mesh,
+                self.options.zero,
+                pieces={"heads": model.n_heads, "kv_heads": model.kv_heads},
+                micro_batches=config.micro_batches,
+            )
+        except ValueError as error:  # shapes that a recipe refuses
+            raise UsageError(str(error)) from error
 
     def branch(self, origin: str, target: TrainState) -> TrainState:
         state = branch_off(
@@ -243,7 +295,7 @@ class _Run:
             seed=config.seed,
             start_step=start,
         ):
-            yield jax.device_put(tuple(batch))
+            yield jax.device_put(tuple(batch), self.placement and self.placement.batch)
 
     def drain(self, state: TrainState, keep: int) -> None:
         """Records steps until only `keep` are on the device; stops at one that is not finite."""
@@ -269,14 +321,18 @@ class _Run:
     ) -> Evaluation | None:
         """Validation loss, recorded; None if a signal came in between."""
         config, phase = self.config, self.phase(max(step - 1, 0))
+        batches: Iterable[Any] = validation_batches(
+            config.data.validation,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            max_batches=config.final_eval_batches if whole else config.eval_batches,
+        )
+        if self.placement is not None:
+            place = self.placement.batch
+            batches = (jax.device_put(tuple(batch), place) for batch in batches)
         evaluation = phase.evaluate(
             self.values(state.params),
-            validation_batches(
-                config.data.validation,
-                batch_size=config.batch_size,
-                seq_len=config.seq_len,
-                max_batches=config.final_eval_batches if whole else config.eval_batches,
-            ),
+            batches,
             tokens_per_byte=self.tokens_per_byte,
             needs_key=phase.plan.needs_key,
             should_stop=lambda: bool(stop),
@@ -302,6 +358,8 @@ class _Run:
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint, unless the last update has made the state not finite."""
         metadata = {"versions": versions()}
+        self.run.check_lock()
+        self.log.sync()  # a checkpoint is no older than the rows that go with it
         try:
             save_checkpoint(
                 self.run.checkpoints, state, metadata, keep=self.config.keep_checkpoints

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Int, PyTree
 
@@ -51,10 +50,14 @@ def leaf_paths(tree: PyTree) -> list[tuple[str, Any]]:
 
 def nonfinite_leaves(tree: PyTree) -> list[str]:
     """Paths of the floating leaves of `tree` that hold a NaN or an infinity."""
-    checked = [
-        (path, jnp.isfinite(leaf).all())
-        for path, leaf in leaf_paths(tree)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    finite = jax.device_get([ok for _, ok in checked])
-    return [path for (path, _), ok in zip(checked, finite, strict=True) if not np.all(ok)]
+    floating = {
+        path: leaf for path, leaf in leaf_paths(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    finite = jax.device_get(_are_finite(list(floating.values())))
+    return [path for path, ok in zip(floating, finite, strict=True) if not ok]
+
+
+@jax.jit
+def _are_finite(leaves: list[Array]) -> list[Array]:
+    """One program for all: on several devices each operation by itself would be one."""
+    return [jnp.isfinite(leaf).all() for leaf in leaves]

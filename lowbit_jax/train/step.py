@@ -16,7 +16,9 @@ from lowbit_jax.models import Llama
 from lowbit_jax.ops.recipes import DotRecipe
 from lowbit_jax.optim import apply_updates_low_precision, dequantize_leaves, match_paths
 from lowbit_jax.optim.quartet import attach_quantized, quantize_params, quartet_gradients
+from lowbit_jax.parallel import Layout, constrain
 from lowbit_jax.train.config import Config, quantized_weights
+from lowbit_jax.train.placement import Placement, placed_use
 from lowbit_jax.train.state import TrainState, leaf_paths
 
 # (params, (inputs, targets), key or None) -> mean loss over the batch, scalar float32
@@ -52,13 +54,19 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, ""]  # NaN if no schedule was given
 
 
-def loss_function(model: nn.Module) -> LossFn:
-    """`model.loss` as a plain function; the key feeds the rng stream "quantize"."""
+def loss_function(model: nn.Module, layout: Layout | None = None) -> LossFn:
+    """`model.loss` as a plain function; the key feeds the rng stream "quantize".
+
+    Args:
+      model: Module with a method `loss(inputs, targets)`.
+      layout: Of a run on several devices, see `placed_use`.
+    """
 
     def loss_fn(params, batch, key):
         inputs, targets = batch
         rngs = None if key is None else {"quantize": key}
-        loss = model.apply({"params": params}, inputs, targets, method="loss", rngs=rngs)
+        with placed_use(layout):
+            loss = model.apply({"params": params}, inputs, targets, method="loss", rngs=rngs)
         return jnp.asarray(loss)
 
     return loss_fn
@@ -80,6 +88,7 @@ def make_train_step(
     plan: StepPlan = StepPlan(),
     *,
     learning_rate: optax.Schedule | None = None,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """`params += tx(mean gradient)`, compiled once, the old state's memory reused for the new.
 
@@ -96,6 +105,7 @@ def make_train_step(
       plan: See `StepPlan`. Where a quantizer's scale spans several tokens (per-tensor scales),
         cutting the batch also changes those scales.
       learning_rate: Schedule, for the metrics only.
+      placement: Of state, batch and gradients on several devices; None: where the arguments are.
 
     Returns:
       Function of the state, which is donated, and `(inputs, targets)`, each `(b, t)` int32.
@@ -103,13 +113,15 @@ def make_train_step(
     Raises:
       ValueError: While tracing, if `b` is not a multiple of `micro_batches`.
     """
-    loss_fn = loss_function(model) if isinstance(model, nn.Module) else model
+    layout = None if placement is None else placement.layout
+    loss_fn = loss_function(model, layout) if isinstance(model, nn.Module) else model
     if plan.micro_batches < 1:
         raise ValueError(
             f"make_train_step: micro_batches must be at least 1, got {plan.micro_batches}."
         )
 
     groups = _groups(plan.weights_once)
+    gradient_places = None if placement is None else placement.gradients
 
     def loss_and_gradient(params, batch, key):
         if not groups:
@@ -136,11 +148,17 @@ def make_train_step(
             index, part = numbered
             part_key = None if key is None else jax.random.fold_in(key, index)
             value = value_and_grad(params, part, part_key)
-            return jax.tree.map(lambda s, v: s + v.astype(s.dtype), total, value), None
+            loss, grads = jax.tree.map(lambda s, v: s + v.astype(s.dtype), total, value)
+            return (loss, constrain(grads, gradient_places)), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros(()), params))
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = (jnp.zeros(()), constrain(zeros, gradient_places))
         parts = jax.tree.map(lambda x: _cut(x, plan.micro_batches), batch)
+        if placement is not None:
+            parts = placement.cut_batch(parts)
         total, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(plan.micro_batches), parts))
+        # Said of the result, too: the loop would else carry its sums as the optimizer wants them.
+        total = total[0], constrain(total[1], gradient_places)
         loss, grads = jax.tree.map(lambda s: s / plan.micro_batches, total)
         return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
@@ -149,23 +167,33 @@ def make_train_step(
         loss, grads = loss_and_gradient(
             dequantize_leaves(state.params), batch, key if plan.needs_key else None
         )
+        stored = state.params
+        if placement is not None:  # from here on each device has its part of the optimizer's work
+            grads, stored = constrain((grads, stored), (placement.updates, placement.params))
         squares = _leaf_squares(grads, plan.stacked)
         grad_norm = jnp.sqrt(sum(jnp.sum(s) for s in jax.tree.leaves(squares)))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, stored)
         params = apply_updates_low_precision(
-            state.params, updates, key=jax.random.fold_in(key, 2**32 - 2)
+            stored, updates, key=jax.random.fold_in(key, 2**32 - 2)
         )
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old),
             (params, opt_state),
-            (state.params, state.opt_state),
+            (stored, state.opt_state),
         )
         rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(state.step))
         metrics = Metrics(loss, grad_norm, jax.tree.map(jnp.sqrt, squares), rate)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    if placement is None:
+        return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(placement.state, placement.batch),
+        out_shardings=(placement.state, placement.layout.replicated),
+    )
 
 
 def first_offender(metrics: Metrics, params: PyTree, plan: StepPlan = StepPlan()) -> str:

@@ -1,5 +1,6 @@
 """What a finished run has to show for itself."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ from jaxtyping import PyTree
 
 from lowbit_jax.analysis.text_baselines import text_baselines
 from lowbit_jax.models import Llama, count_params, recipe_table
+from lowbit_jax.ops import Explanation
 from lowbit_jax.ops.dot_recipe import PRODUCTS, DotRecipe
 from lowbit_jax.ops.recipes import weight_projection
 from lowbit_jax.train.checkpoint import write_atomically
@@ -146,6 +148,24 @@ def formats_table(recipes: Sequence[DotRecipe]) -> list[str]:
     ]
 
 
+def paths_table(explanation: Explanation) -> list[str]:
+    """Lines that say which path the products of quantized operands take, and why; [] for none.
+
+    Args:
+      explanation: Of a training step.
+    """
+    found: dict[tuple[str, str], collections.Counter[str]] = {}
+    for row in explanation.rows:
+        if row.a_format != "-" or row.b_format != "-":
+            products = found.setdefault((row.path, row.reason), collections.Counter())
+            products[row.product] += row.count or 1
+    return [
+        f"{', '.join(f'{count} {product}' for product, count in products.items())} a step by the"
+        f" path {path!r} ({reason})"
+        for (path, reason), products in found.items()
+    ]
+
+
 def summarize(
     config: Config,
     run_dir: pathlib.Path,
@@ -156,6 +176,7 @@ def summarize(
     generate: Callable[..., Any] | None,
     with_baselines: bool,
     has_checkpoint: bool,
+    devices: int = 1,
 ) -> Summary:
     """Measures what is left to measure, writes sample, plot and `summary.json`.
 
@@ -168,6 +189,7 @@ def summarize(
       generate: See `train`.
       with_baselines: Whether to measure the text baselines, which takes seconds.
       has_checkpoint: Whether there are checkpoints.
+      devices: How many trained.
     """
     sample = None
     if generate is not None and config.sample_prompt:
@@ -180,7 +202,7 @@ def summarize(
     peak = peak_flops(device)
     flops, mfu = config.flops_per_token, None
     if peak is not None and tokens_per_s is not None and flops is not None:
-        mfu = tokens_per_s * flops / peak
+        mfu = tokens_per_s * flops / (devices * peak)
     files = {
         "checkpoints": "checkpoints" if has_checkpoint else None,
         "metrics": "metrics.jsonl",

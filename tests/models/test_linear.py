@@ -5,6 +5,7 @@ import pytest
 from flax import linen as nn
 
 from lowbit_jax.models import QuantizedLinear, resolve_recipes
+from lowbit_jax.models.linear import multiply_all
 from lowbit_jax.ops import QuantizedWeight, get_recipe, quantize_weight, quantized_dot
 
 W4, W8, BF16 = get_recipe("quest_w4a4"), get_recipe("quest_w8a8"), get_recipe("bf16")
@@ -40,6 +41,33 @@ def test_multiplies_by_its_recipe():
     # Exact: the same function.
     expected = jax.jit(quantized_dot, static_argnums=2)(x, weight, W4)
     np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_bias_is_added_to_the_product_of_each_layer_that_has_one():
+    class Pair(nn.Module):
+        has_bias: bool
+
+        @nn.compact
+        def __call__(self, x):
+            names = {"a": self.has_bias, "b": False}
+            layers = [
+                QuantizedLinear(8, BF16, ("heads", "embed"), has_bias=has_bias, name=name)
+                for name, has_bias in names.items()
+            ]
+            return multiply_all(x, layers)
+
+    x = jax.random.normal(jax.random.key(0), (3, 16), jnp.bfloat16)
+    boxed = Pair(True).init(jax.random.key(1), x)["params"]
+    assert boxed["a"]["bias"].names == ("heads",)
+    params = nn.meta.unbox(boxed)
+    assert "bias" not in params["b"]
+    np.testing.assert_array_equal(params["a"]["bias"], np.zeros(8))
+    bias = params["a"]["bias"] + jnp.arange(8.0)
+    plain = Pair(False).apply({"params": params}, x)
+    a, b = Pair(True).apply({"params": params | {"a": params["a"] | {"bias": bias}}}, x)
+    # Exact: the sum of the same product and the bias, in bfloat16.
+    np.testing.assert_array_equal(a, plain[0] + bias.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(b, plain[1])
 
 
 def test_takes_weights_quantized_in_advance():

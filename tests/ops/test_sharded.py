@@ -107,4 +107,4 @@ def test_kernels_are_chosen_inside_shard_map_and_not_outside(monkeypatch):
     assert names == ["lowbit_rotate_quantize", "lowbit_scaled_matmul"]
     for row in explain(products, *shapes).rows:
         assert row.path == "dequantize"
-        assert "jit may partition products over 4 devices, but no kernels" in row.reason
+        assert "jit may partition products over 8 devices, but no kernels" in row.reason

@@ -112,7 +112,7 @@ def test_the_floor_is_the_larger_of_arithmetic_and_memory():
 
 
 def test_only_known_devices_have_a_floor():
-    assert data_sheet(H100).peak[FP8] == 1979e12
+    assert data_sheet(H100).peak[FP8] == 1978.9e12
     assert data_sheet("NVIDIA H200").bandwidth == 4.8e12
     others = "H100 PCIe", "H100 80GB HBM3 MIG 1g.10gb", "H200 NVL", "GH200 480GB"
     for name in (*(f"NVIDIA {other}" for other in others), "cpu"):
@@ -123,7 +123,7 @@ def test_what_follows_from_a_row():
     row = dataclasses.replace(ROW, flops={BF16: 1e12, FP8: 3e12}, floor_s=1e-3)
     assert row.flops_per_s == 2e15
     assert row.share_of_floor == 0.5
-    assert row.mfu == 2e15 / 989e12
+    assert row.mfu == 2e15 / 989.4e12
     assert dataclasses.replace(row, device="cpu").mfu is None
     assert ROW.flops_per_s is None
     assert "2000 TFLOP/s   50% of floor" in str(row)

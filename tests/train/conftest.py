@@ -37,18 +37,26 @@ def shared_phases():
     """
     known = {}
 
-    def phase(config, start, model):
+    def phase(config, start, model, placement=None):
         key = (
             start, model, config.optimizer.update, config.learning_rate, config.micro_batches,
-            config.seed, config.quantize_once,
+            config.seed, config.quantize_once, placement and placement.layout,
         )  # fmt: skip
         if key not in known:
-            known[key] = Phase(config, start, model)
+            known[key] = Phase(config, start, model, placement)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_Phase", phase)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiles in two thirds of the time what runs for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train_quietly(config, run_dir, *, identity=IDENTITY, **options):

@@ -1,6 +1,8 @@
 """Runs that stop where they are told to, and runs that start where another stands."""
 
+import dataclasses
 import functools
+import io
 import json
 import shutil
 
@@ -9,17 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 from lowbit_jax.train.branch import branch_off
 from lowbit_jax.train.checkpoint import list_checkpoints, save_checkpoint
-from lowbit_jax.train.config import UsageError
+from lowbit_jax.train.config import RunOptions, UsageError
 from lowbit_jax.train.interrupts import Interrupted
+from lowbit_jax.train.loop import train
 from lowbit_jax.train.run_directory import open_run_directory
 from lowbit_jax.train.state import create_state
 from lowbit_jax.train.tracking import read_metrics
 
 from .conftest import IDENTITY, small_config, state_of
 from .conftest import train_quietly as train_and_validate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 train_quietly = functools.partial(train_and_validate, validate=False)
 
@@ -92,6 +98,30 @@ def test_a_branch_that_saves_nothing_copies_no_checkpoint(base, unbroken, tmp_pa
     train_quietly(small_config(**STRONG), tmp_path / "b", save=False, branch_from=str(base))
     assert not (tmp_path / "b" / "checkpoints").exists()
     assert rows_of(tmp_path / "b") == rows_of(unbroken)  # Exact: as above.
+
+
+def test_a_run_goes_on_with_its_own_data_rows_and_lock_only(base, tmp_path):
+    config, run_dir = small_config(**SILENT), tmp_path / "run"
+    shutil.copytree(base, run_dir)
+    other = dataclasses.replace(config.data, fingerprint="other")
+    with pytest.raises(UsageError, match=r"trained on data .*'other'.*Restore them"):
+        train_quietly(dataclasses.replace(config, data=other), run_dir)
+    path = run_dir / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:16]))
+
+    class Stranger(io.StringIO):
+        """Takes the folder over once the first step has been told."""
+
+        def write(self, text):
+            if "step 19/" in text:
+                (run_dir / ".lock").write_text("pid 12 on elsewhere 0123abcd 1\n")
+            return super().write(text)
+
+    console = Console(file=Stranger(), width=200)
+    with pytest.raises(UsageError, match="pid 12 on elsewhere"):
+        train(config, IDENTITY, RunOptions(str(run_dir), validate=False), console=console)
+    assert "lacks 2 of the rows up to step 18" in console.file.getvalue()
+    assert list_checkpoints(run_dir / "checkpoints")[-1].name == "step_00000018"
 
 
 def tiny_state(step=0, width=4):

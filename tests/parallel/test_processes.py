@@ -1,0 +1,81 @@
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from lowbit_jax.parallel.processes import find_cluster, join_processes
+
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_NTASKS": "4"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+JOB = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+
+# Each process has two devices with the numbers of its own; all add up all.
+PROGRAM = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from lowbit_jax.parallel.processes import join_processes
+jax.config.update("jax_num_cpu_devices", 2)
+join_processes(sys.argv[1], 2, int(sys.argv[2]))
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+own = np.arange(2, dtype=np.float32) + 10 * jax.process_index()
+x = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("data")), own)
+total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
+print(f"process {jax.process_index()} of {jax.process_count()}: {float(total)}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (SRUN, "slurm"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script, no srun
+        (MPIRUN | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:34911"}, "ompi"),
+        (MPIRUN, "mpi4py"),
+        (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (JOB, "k8s"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is alone
+    ],
+)
+def test_what_started_the_processes_is_found(environment, expected):
+    assert find_cluster(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1234", 2), "come together"),
+        (("localhost", 2, 0), "must be host:port"),
+        (("localhost:1234", 2, 2), "must be 0 to 1"),
+    ],
+)
+def test_contradictions_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        join_processes(*arguments)
+
+
+def test_one_process_needs_no_others():
+    join_processes(environment={})
+    join_processes("localhost:1", 1, 0)
+
+
+def test_two_processes_see_the_devices_of_both():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, address, str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    ends = [process.communicate(timeout=120) for process in processes]
+    for index, (process, (out, err)) in enumerate(zip(processes, ends, strict=True)):
+        assert process.returncode == 0, err
+        assert out.splitlines()[-1] == f"process {index} of 2: 22.0"

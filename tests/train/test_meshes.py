@@ -1,0 +1,79 @@
+"""Runs that go on on another mesh, and what the trainer says to meshes that cannot be."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lowbit_jax.models import Llama
+from lowbit_jax.train.config import UsageError, parse_command
+from lowbit_jax.train.interrupts import Interrupted
+from lowbit_jax.train.tracking import read_metrics
+
+from .conftest import CONFIG, small_config, train_quietly
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+STEPS, BATCH, SEQ_LEN, RATE = 3, 8, 16, 4e-3
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = small_config(
+        recipe="bf16", cage_total_strength=0.0, batch_size=BATCH, seq_len=SEQ_LEN, steps=STEPS,
+        peak_lr=RATE,
+    )  # fmt: skip
+    eight_heads = dataclasses.replace(config.model.config, n_heads=8)
+    return dataclasses.replace(config, model=Llama(eight_heads), eval_interval=STEPS)
+
+
+def rows_of(run_dir, name):
+    return np.array([row[name] for row in read_metrics(run_dir / "metrics.jsonl") if name in row])
+
+
+def test_a_run_goes_on_on_other_meshes_with_the_losses_of_one_device(config, tmp_path):
+    train_quietly(config, tmp_path / "one", sample=False)
+    with pytest.raises(Interrupted):
+        train_quietly(config, tmp_path / "many", sample=False, mesh="8x1x1", zero=2, stop_after=2)
+    _, said = train_quietly(config, tmp_path / "many", sample=False, mesh="1x1x8")
+    assert "layers/mlp/up_proj/weight       1 x 384 x 128  mlp:tensor" in said
+    assert "each device of data 1 x fsdp 1 x tensor 8 holds" in said
+    assert "resuming" in said
+    expected, got = rows_of(tmp_path / "one", "loss"), rows_of(tmp_path / "many", "loss")
+    assert len(expected) == STEPS + 1  # the validation, too
+    # Bound, to first order: a dozen sums of at most 384 terms in a row, each in another order, are
+    # off by 12 * 384 * 2**-24 of their terms' size, and with them loss and gradient g. Where g is
+    # so small that its sign turns, Adam's step differs by 2 * rate, and the loss by 2 * rate * |g|;
+    # over P parameters that is at most 2 * rate * off * sqrt(P) * norm(g).
+    off = 12 * 384 * 2.0**-24
+    steps = 2 * RATE * off * 278_912**0.5 * rows_of(tmp_path / "one", "grad_norm").sum()
+    bound = off * expected + steps
+    assert np.all(np.abs(got - expected) <= bound)
+    assert 10 * bound.max() < expected[0] - expected[1]  # a step moves it by far more
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("16x1x1", r"--mesh 16x1x1: .* needs 16 devices, got 8"),
+        ("2x2", r"--mesh 2x2: .* must be DATAxFSDPxTENSOR, got '2x2'"),
+        ("2x3x1", r"--mesh 2x3x1: batch_size must be a multiple of .* = 6, got 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_a_usage_error_before_anything_is_written(
+    config, tmp_path, mesh, said
+):
+    with pytest.raises(UsageError, match=said):
+        train_quietly(config, tmp_path / "run", mesh=mesh)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mesh_and_stage_come_from_the_command_line_and_do_not_identify_a_run(capsys):
+    _, plain, options = parse_command([str(CONFIG)])
+    assert (options.mesh, options.zero) == ("1x1x1", 1)
+    _, identity, options = parse_command([str(CONFIG), "--mesh", "2x2x2", "--zero", "3"])
+    assert (options.mesh, options.zero) == ("2x2x2", 3)
+    assert identity == plain
+    with pytest.raises(SystemExit):
+        parse_command([str(CONFIG), "--zero", "4"])
+    assert "'4' for argument '--zero'" in " ".join(capsys.readouterr().err.split())
