@@ -64,7 +64,9 @@ def _name_of(variable: Any, jaxpr: Any) -> str | None:
         if primitive == "name":
             return equation.params["name"]
         # Checkpoints put the first after what they keep; the others move what has a name.
-        if primitive in ("reduce_precision", "reshape", "transpose", "squeeze"):
+        if primitive in (
+            "reduce_precision", "bitcast_convert_type", "reshape", "transpose", "squeeze",
+        ):  # fmt: skip
             return _name_of(equation.invars[0], jaxpr)
         if primitive == "dot_product_attention_fwd_wrapper":
             return ATTENTION

@@ -10,6 +10,10 @@ passes, and the scores of attention by XLA. What each flag drops, and what backw
     qkv      query, key and value                the products of q, k and v
     att      the output of attention, and qkv    attention, and the products of q, k and v
     block    all but the input of the block      the forward pass
+    unnamed  what has no name                    what that takes: weights gathered once more
+
+Results are the same bits in float32; in bfloat16 the compiler rounds elsewhere, as it does with
+another number of layers in an iteration of the loop.
 
 Names are of bfloat16 arrays or, where a recipe quantizes, of the operand that a product kept.
 
@@ -45,6 +49,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "qkv": ("qkv",),
     "att": ("qkv", ATTENTION),
     "block": NAMES,
+    "unnamed": (),
 }
 NONE = "none"
 
@@ -106,7 +111,7 @@ def recomputing(block: type[nn.Module], recompute: str, *, is_unrolled: bool) ->
       ValueError: As `dropped_names`.
     """
     dropped = dropped_names(recompute)
-    if not dropped:
+    if recompute == NONE:
         return block
     policy = KeepNames(frozenset(NAMES) - dropped)
     return nn.remat(block, prevent_cse=is_unrolled, policy=policy)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
 from lowbit_jax.numerics import QuantSpec
+from lowbit_jax.numerics.estimators import mask_bound
 from lowbit_jax.ops import dispatch
 from lowbit_jax.ops.dispatch import Plan
 from lowbit_jax.ops.dot_recipe import DotRecipe, Product
@@ -69,7 +70,10 @@ class Call:
             spec, rotation, dispatch.cuda_capability(), self.x_dtype, self.shape
         ):
             return None
-        if path == "hopper_bf16" and dispatch.nvfp4_obstacle(spec, rotation, (self.x_dtype,)):
+        if path == "hopper_bf16" and (
+            dispatch.nvfp4_obstacle(spec, rotation, (self.x_dtype,))
+            or mask_bound(spec, self.recipe.estimator, self.recipe.clip_scale) is not None
+        ):  # which has no mask
             return None
         assert rotation is None or isinstance(rotation, Hadamard)  # as all demand
         return Target(spec, rotation)

@@ -241,14 +241,24 @@ def _forward(x, ws, key, call: Call, saved_as, *, keeps: bool):
 
 
 def _named(tree, name: str | None, argument):
-    """`tree` with its arrays named, the same where they are the same, but for the `argument`."""
+    """`tree` with its arrays named, the same where they are the same, but for the `argument`.
+
+    Float8 numbers are named as the bytes that they are: `jax.checkpoint` rounds what it keeps by
+    `lax.reduce_precision` to the bits of its dtype, which makes infinity, and so NaN, of an e4m3
+    number of 256 or more.
+    """
     if name is None:
         return tree
     named = {id(argument): argument}
     leaves, treedef = jax.tree.flatten(tree)
     for leaf in leaves:
         if id(leaf) not in named:
-            named[id(leaf)] = checkpoint_name(leaf, name)
+            is_float8 = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 1
+            kept = jax.lax.bitcast_convert_type(leaf, jnp.uint8) if is_float8 else leaf
+            kept = checkpoint_name(kept, name)
+            if is_float8:
+                kept = jax.lax.bitcast_convert_type(kept, leaf.dtype)
+            named[id(leaf)] = kept
     return treedef.unflatten([named[id(leaf)] for leaf in leaves])
 
 

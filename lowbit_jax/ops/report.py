@@ -84,8 +84,16 @@ def explain(fn: Callable | jax.stages.Traced, *args: Any, **kwargs: Any) -> Expl
 
     Returns:
       The rows in program order, those alike in every field but `count` added up.
+
+    Raises:
+      ValueError: If what has been traced comes with arguments.
     """
     is_traced = isinstance(fn, jax.stages.Traced)
+    if is_traced and (args or kwargs):
+        raise ValueError(
+            f"explain: a traced function has its arguments, got {len(args) + len(kwargs)} more;"
+            " leave them out, or pass the function."
+        )
     program = fn.jaxpr if is_traced else jax.make_jaxpr(fn)(*args, **kwargs)
     counts: dict[ProductRow, int | None] = {}
     for row in _rows(program.jaxpr, (), 1):

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +57,15 @@ def save_checkpoint(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(".writing-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=leftover != temporary)
         _write(temporary, state, metadata)
         if final.exists():  # damaged, or it would have stayed
-            shutil.rmtree(final)
-        temporary.rename(final)
+            # Renamed, for it may be read-only; the next save clears what is left of it.
+            damaged = final.rename(directory / f".writing-damaged-{time.time_ns()}")
+            temporary.rename(final)
+            shutil.rmtree(damaged, ignore_errors=True)
+        else:
+            temporary.rename(final)
         _sync(directory)
     except (ValueError, OSError) as error:  # TensorStore reports a full disk as a ValueError
         shutil.rmtree(temporary, ignore_errors=True)

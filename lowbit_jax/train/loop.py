@@ -1,6 +1,7 @@
 """The training loop: data in, checkpoints and records out, exact after any interruption."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -107,6 +108,8 @@ class _Phase:
     def __init__(
         self, config: Config, start: int, model: Llama, placement: Placement | None = None
     ):
+        if placement is not None and placement.layout.stage.parameters:
+            model = _regathering(model)
         self.start, self.model = start, model
         self.plan = step_plan(config, model)
         loss_fn = loss_function(model, None if placement is None else placement.layout)
@@ -382,6 +385,16 @@ class _Run:
 
     def warn(self, text: str) -> None:
         _say(self.console, f"warning: {text}")
+
+
+def _regathering(model: Llama) -> Llama:
+    """The model that gathers cut weights once more for its backward pass.
+
+    Without recomputation a loop over layers would keep the gathered weights of all of them.
+    """
+    if model.config.recompute != "none":
+        return model
+    return Llama(dataclasses.replace(model.config, recompute="unnamed"))
 
 
 def _recipes(model: Llama) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,10 +71,19 @@ def open_mesh(config: Config, options: RunOptions) -> Mesh | None:
     """The mesh that a run asks for; None: one device.
 
     Raises:
-      UsageError: If there are fewer devices, or a micro-batch does not divide among them.
+      UsageError: If there are fewer devices, a micro-batch does not divide among them, or a stage
+        of ZeRO has nothing to cut over.
     """
     try:
-        mesh = make_mesh(*parse_mesh(options.mesh))
+        shape = parse_mesh(options.mesh)
+        if options.zero > 1 and shape[0] * shape[1] == 1:
+            raise ValueError(
+                f"--zero {options.zero} cuts over devices of data and fsdp, of which there is one;"
+                " choose another mesh or leave --zero out."
+            )
+        if math.prod(shape) == 1:
+            return None
+        mesh = make_mesh(*shape)
     except ValueError as error:
         raise UsageError(f"--mesh {options.mesh}: {error}") from error
     parts = config.micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]
@@ -82,7 +92,7 @@ def open_mesh(config: Config, options: RunOptions) -> Mesh | None:
             f"--mesh {options.mesh}: batch_size must be a multiple of micro_batches * data * fsdp ="
             f" {parts}, got {config.batch_size}; choose another batch or mesh."
         )
-    return None if mesh.size == 1 else mesh
+    return mesh
 
 
 def make_placement(
@@ -134,8 +144,8 @@ def placed_use(layout: Layout | None) -> contextlib.AbstractContextManager:
     """Within it a `Llama` gathers each weight where it multiplies, and keeps its tokens cut.
 
     What a step stores and sums may be cut over devices that have different tokens. Left alone, the
-    compiler may then move tokens to weights; here it is told to move one layer's weights, in the
-    form in which they are multiplied, codes for a `QuantizedWeight`.
+    compiler may then move tokens to weights; here it is told to move one layer's weights: the codes
+    of a `QuantizedWeight`, other weights as they are stored, float32.
 
     Args:
       layout: The rules; None: nothing is placed.

@@ -250,9 +250,12 @@ def statistic(found, y, side: Side):
     if side.spec.scale == "rms":
         new = jnp.sum(z * z, axis=1)
         return new if found is None else found + new
-    new = jnp.max(jnp.abs(z), axis=1)
     # As integers, of which NaN is the largest: what XLA makes of maxima for a CPU may lose it.
-    return new if found is None else float_of(jnp.maximum(bits_of(found), bits_of(new)))
+    new = jnp.max(bits_of(jnp.abs(z)), axis=1)
+    if side.target.is_nvfp4:
+        # The maximum of all chunks that are finite: a NaN must not hide those beside it.
+        new = jnp.where(new < np.int32(0x7F800000), new, 0)
+    return float_of(new if found is None else jnp.maximum(bits_of(found), new))
 
 
 def _round_midrise(y, format):

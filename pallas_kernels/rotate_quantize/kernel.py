@@ -353,7 +353,8 @@ def _store_terms(parts, x, tile, rows, columns):
 def _rotate(parts, rotation, side, i, j, *, is_transposed):
     """Rows 64 i and columns 64 j on of the tile, or its transpose, rotated and not yet scaled."""
     ways = side.span // CHUNK
-    first = j if ways == 1 else lax.div(j, ways) * ways  # of the chunks that this one is made of
+    # Of the chunks that this one is made of; known to the compiler where j is.
+    first = j - (j % ways if isinstance(j, int) else lax.rem(j, ways))
 
     def product(sums):
         for way in range(ways):

@@ -100,6 +100,7 @@ class Case:
             x[42] *= 2.0**-60
         if self.is_spoilt:
             x[50, 5] = np.nan
+            x[71, 5] = 2.0**13  # the largest, in the column of the NaN, not rotated with it
             x[70, 100] = np.inf
         return jnp.asarray(x, self.dtype)
 

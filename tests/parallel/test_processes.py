@@ -1,14 +1,14 @@
 import socket
 import subprocess
 import sys
+import typing
 
 import pytest
 
-from lowbit_jax.parallel.processes import find_cluster, join_processes
+from lowbit_jax.parallel.processes import Cluster, find_cluster, join_processes
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_NTASKS": "4"}
 MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
-JOB = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
 
 # Each process has two devices with the numbers of its own; all add up all.
 PROGRAM = """
@@ -36,8 +36,6 @@ print(f"process {jax.process_index()} of {jax.process_count()}: {float(total)}")
         (MPIRUN | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:34911"}, "ompi"),
         (MPIRUN, "mpi4py"),
         (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        (JOB, "k8s"),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is alone
     ],
 )
 def test_what_started_the_processes_is_found(environment, expected):
@@ -49,12 +47,20 @@ def test_what_started_the_processes_is_found(environment, expected):
     [
         (("localhost:1234", 2), "come together"),
         (("localhost", 2, 0), "must be host:port"),
-        (("localhost:1234", 2, 2), "must be 0 to 1"),
+        (("localhost:1234", 2, 2), "process_id below it"),
+        (("localhost:1234", 0, 0), "num_processes must be at least 1"),
     ],
 )
 def test_contradictions_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         join_processes(*arguments)
+
+
+def test_the_names_are_those_of_jax():
+    from jax._src import clusters
+
+    known = {cluster.name for cluster in clusters.ClusterEnv._cluster_types}
+    assert known >= set(typing.get_args(Cluster))
 
 
 def test_one_process_needs_no_others():

@@ -50,6 +50,10 @@ def test_a_run_goes_on_on_other_meshes_with_the_losses_of_one_device(config, tmp
     bound = off * expected + steps
     assert np.all(np.abs(got - expected) <= bound)
     assert 10 * bound.max() < expected[0] - expected[1]  # a step moves it by far more
+    # Adam does not see a factor of the gradient, such as a sum in the place of a mean; its norm
+    # does. Bound: the sums above, a hundred times, for what a step's difference does to the next.
+    norms, norm = (rows_of(tmp_path / name, "grad_norm") for name in ("many", "one"))
+    np.testing.assert_allclose(norms, norm, rtol=100 * off)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +62,14 @@ def test_a_run_goes_on_on_other_meshes_with_the_losses_of_one_device(config, tmp
         ("16x1x1", r"--mesh 16x1x1: .* needs 16 devices, got 8"),
         ("2x2", r"--mesh 2x2: .* must be DATAxFSDPxTENSOR, got '2x2'"),
         ("2x3x1", r"--mesh 2x3x1: batch_size must be a multiple of .* = 6, got 8"),
+        ("1x1x8", r"--mesh 1x1x8: --zero 3 cuts over devices of data and fsdp, of which there is"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_a_usage_error_before_anything_is_written(
     config, tmp_path, mesh, said
 ):
     with pytest.raises(UsageError, match=said):
-        train_quietly(config, tmp_path / "run", mesh=mesh)
+        train_quietly(config, tmp_path / "run", mesh=mesh, zero=3)
     assert not (tmp_path / "run").exists()
 
 
