@@ -52,7 +52,8 @@ def loss_fn(params, batch, key):
 
 
 def initial_state(setup):
-    return jax.jit(lambda: create_state(make_params(), setup.optimizer, setup.store))()
+    # Drawn outside: a program of its own might round the draws elsewhere.
+    return jax.jit(lambda p: create_state(p, setup.optimizer, setup.store))(make_params())
 
 
 def train(setup, steps, batch=1.0):
