@@ -54,10 +54,9 @@ def shared_phases():
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compiles in two thirds of the time what runs for milliseconds."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train_quietly(config, run_dir, *, identity=IDENTITY, **options):
