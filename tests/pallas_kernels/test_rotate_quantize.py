@@ -394,7 +394,7 @@ def test_kernel_agrees_but_for_ties_on_normal_input_on_a_gpu(seed):
 @pytest.mark.parametrize("name", NVFP4_CASES)
 def test_few_blocks_of_nvfp4_differ_on_a_gpu(name, seed):
     case = NVFP4_CASES[name]
-    x = jax.random.normal(jax.random.key(seed), (1024, 1024))
+    x = jax.random.normal(jax.random.key(seed), (1024, 1024), case.dtype)
     actual, expected = case.both(x, run_on_gpu)
     for side in ("rows", "columns"):
         target = getattr(case, side)

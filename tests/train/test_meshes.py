@@ -2,12 +2,19 @@
 
 import dataclasses
 
+import jax
 import numpy as np
+import optax
 import pytest
+from flax import linen as nn
 
-from lowbit_jax.models import Llama
+from lowbit_jax.models import Llama, LlamaConfig, logical_axes
+from lowbit_jax.parallel import make_mesh
 from lowbit_jax.train.config import UsageError, parse_command
 from lowbit_jax.train.interrupts import Interrupted
+from lowbit_jax.train.placement import make_placement
+from lowbit_jax.train.state import create_state, leaf_paths
+from lowbit_jax.train.step import StepPlan, make_train_step
 from lowbit_jax.train.tracking import read_metrics
 
 from .conftest import CONFIG, small_config, train_quietly
@@ -54,6 +61,38 @@ def test_a_run_goes_on_on_other_meshes_with_the_losses_of_one_device(config, tmp
     # does. Bound: the sums above, a hundred times, for what a step's difference does to the next.
     norms, norm = (rows_of(tmp_path / name, "grad_norm") for name in ("many", "one"))
     np.testing.assert_allclose(norms, norm, rtol=100 * off)
+
+
+def test_every_gradient_on_a_mesh_is_that_of_one_device():
+    # Fewer key heads than devices along tensor times two, a head that is the embedding, biases,
+    # micro-batches, weights gathered again for the backward pass: all that places something.
+    model = Llama(
+        LlamaConfig(
+            64, 128, 2, 8, n_kv_heads=2, d_ff=256, dtype="float32", tie_embeddings=True,
+            qkv_bias=True, recompute="unnamed",
+        )
+    )  # fmt: skip
+    tx = optax.sgd(1.0)  # an update is the gradient, whose scale Adam would not see
+    plan = StepPlan(micro_batches=2)
+    tokens = np.random.default_rng(0).integers(0, 64, (16, 17), np.int32)
+    batch = tokens[:, :-1], tokens[:, 1:]
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), batch[0][:1])["params"])
+    before = jax.device_get(create_state(params, tx))
+    placement = make_placement(
+        before, logical_axes(model), make_mesh(2, 2, 2), 3,
+        pieces={"heads": 8, "kv_heads": 2}, micro_batches=2,
+    )  # fmt: skip
+    one, _ = make_train_step(model, tx, plan)(jax.device_put(before), batch)
+    step = make_train_step(model, tx, plan, placement=placement)
+    many, _ = step(jax.device_put(before, placement.state), batch)
+    # Bound, to first order: two dozen sums of at most 256 terms in a row, each in another order.
+    off = 24 * 256 * 2.0**-24
+    for (path, p), a, b in zip(
+        leaf_paths(before.params), *map(jax.tree.leaves, (one.params, many.params)), strict=True
+    ):
+        gradient, got = p - np.asarray(a), p - np.asarray(b)
+        assert np.linalg.norm(got - gradient) <= off * np.linalg.norm(gradient), path
+        assert np.linalg.norm(gradient) > 0, path
 
 
 @pytest.mark.parametrize(
