@@ -24,6 +24,8 @@ _BATCH_SIZE, _SEQ_LEN = 64, 512
 # CAGE is silent for this part of a run; what follows is all that its strengths differ in.
 _CAGE_SILENCE = 0.8
 _CAGE_STRENGTHS = (0.0, 1.6, 2.7, 5.0)
+# Runs of more tokens, minutes on one GPU, are saved now and then: one that was stopped goes on.
+_MOST_UNSAVED = 50e6
 
 
 def get_rows(tokens: float = 30e6, seeds: int = 3, decisive: bool = False) -> list[Row]:
@@ -56,6 +58,7 @@ def get_rows(tokens: float = 30e6, seeds: int = 3, decisive: bool = False) -> li
                 baseline=baseline,
                 group=group,
                 anchor=anchor,
+                save=tokens > _MOST_UNSAVED,
                 **fields,
             )
         )
