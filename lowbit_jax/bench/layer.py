@@ -14,7 +14,7 @@ from pallas_kernels.measure import Build, Case, Comparison, jitted
 from pallas_kernels.measurement import BF16, FP8
 
 BASELINES = ("bf16", "fp8_tensorwise")
-RECIPES = (*BASELINES, "quartet", "quartet_rtn", "quest_w4a4")
+RECIPES = (*BASELINES, "quartet", "quartet_rtn", "quartet2", "nvfp4_nvidia", "quest_w4a4")
 
 
 def comparison(tokens: int, n: int, k: int, recipes: tuple[str, ...] = RECIPES) -> Comparison:

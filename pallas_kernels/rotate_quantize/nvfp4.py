@@ -5,8 +5,9 @@ stored; one float32 scale of the array is left. It is found from all of the rota
 comes from outside. Each block is divided by its own scale: a multiplication by the inverse could
 turn ties, which the levels of numbers that were rounded before hit often.
 
-As `numerics` defines it, but for sums of squares: those are float32 sums here, and there of a fixed
-point that does not depend on the order.
+As `numerics` defines it, but for the sums of MS-EDEN: those are float32 sums here, and there of a
+fixed point that does not depend on the order. The choice of four over six takes the same sums:
+where numbers were rounded before, both errors are equal more often than chance would have it.
 """
 
 import math
@@ -19,6 +20,7 @@ from jax import lax
 
 from lowbit_jax.numerics.formats import E2M1, E4M3, Format
 from lowbit_jax.numerics.random_bits import swap_halves
+from lowbit_jax.numerics.scales import units_bound
 from pallas_kernels.rotate_quantize.chunk import Side
 from pallas_kernels.rotate_quantize.registers import (
     CHUNK,
@@ -65,8 +67,7 @@ def quantize_nvfp4(
       interpret: On the CPU.
     """
     spec = side.spec
-    # XLA multiplies by the inverse, too, where one number divides all.
-    inverse = 1 / (global_scale * np.float32(spec.format.max / spec.margin))
+    unit = global_scale * np.float32(spec.format.max / spec.margin)
     factor = jnp.full((CHUNK,), side.factor) if sign is None else sign * side.factor
     y = y * along_rows(factor, y.shape)
     words = None if seed is None else complements(seed, column)
@@ -75,9 +76,9 @@ def quantize_nvfp4(
         block = y[:, i * BLOCK : (i + 1) * BLOCK]
         absmax = jnp.max(jnp.abs(block), axis=1)
         # NaN where a number is not finite.
-        target = absmax * inverse + absmax * np.float32(0)
+        target = absmax / unit + absmax * np.float32(0)
         if spec.scale == "absmax_e4m3_four_over_six":
-            values.append(_four_over_six(block, target, global_scale))
+            values.append(_four_over_six(block, target, global_scale, spec))
         elif draws is not None:
             values.append(_eden(block, target, global_scale, draws[i]))
         elif words is not None:
@@ -92,23 +93,37 @@ def quantize_nvfp4(
     return lax.concatenate(values, 1).astype(jnp.bfloat16)
 
 
-def _four_over_six(block, target, global_scale):
+def _four_over_six(block, target, global_scale, spec):
     """By the scale of less squared error: the abs-max on 6, or on 4; ties to six."""
     six, four = _nearest(target, E4M3), _nearest(target * np.float32(1.5), E4M3)
     (six_error, six), (four_error, four) = (
-        _rounded_with_error(block, scale, global_scale) for scale in (six, four)
+        _rounded_with_error(block, scale, global_scale, spec) for scale in (six, four)
     )
     return jnp.where(
         along_rows(four_error, block.shape) < along_rows(six_error, block.shape), four, six
     )
 
 
-def _rounded_with_error(block, scale, global_scale):
+def _rounded_with_error(block, scale, global_scale, spec):
     units = _units(block, scale, global_scale)
     levels = _nearest(units, E2M1)
-    error = units - levels
-    square = jnp.sum(error * error, axis=1) * (scale * scale)
+    error = (units - levels) * np.float32(1 / units_bound(spec))
+    square = _order_free_sum(error * error) * (scale * scale)
     return square, levels * along_rows(scale, block.shape)
+
+
+def _order_free_sum(x):
+    """The bits of `numerics.floats.order_free_sum` along rows of up to 512, for `0 <= x < 1`.
+
+    Integers below 2**24 add exactly in float32. What is split off below there is split off
+    to nearest here: the parts differ, and their sum, which is rounded once, does not.
+    """
+    scaled = x * np.float32(2.0**15)
+    high = jnp.round(scaled)
+    low = floor((scaled - high) * np.float32(2.0**15))
+    return jnp.sum(high, axis=1) * np.float32(2.0**-15) + jnp.sum(low, axis=1) * np.float32(
+        2.0**-30
+    )
 
 
 def _eden(block, target, global_scale, bits):
