@@ -23,7 +23,7 @@ import pallas_kernels
 from pallas_kernels.compat import abstract_hopper, shared_memory_bytes
 
 # The limits of one H100 SXM as XLA states them for a target (GpuTargetConfigProto).
-_H100 = """
+H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -96,7 +96,7 @@ def compile_for_hopper(case: Case) -> list[CompiledKernel]:
     """
     name, fn, args = case
     device = topologies.get_topology_desc(
-        topology_name="h100", platform="cuda", target_config=_H100, topology="1x1x1"
+        topology_name="h100", platform="cuda", target_config=H100, topology="1x1x1"
     ).devices[0]
     sharding = SingleDeviceSharding(device)
     args = jax.tree.map(

@@ -15,7 +15,7 @@ class DataSheet:
     """What the maker promises of a device, dense products.
 
     Attributes:
-      peak: FLOP/s by unit.
+      peak: FLOP/s by unit, `"bf16"` always among them.
       bandwidth: Of its memory, bytes/s.
     """
 
@@ -24,12 +24,18 @@ class DataSheet:
 
 
 # NVIDIA's data sheets and white papers, by the name that JAX reports; four digits where they have
-# them. float8 products accumulate in float32. Names that merely begin or end like these are of
-# other cards: GH200, H200 NVL, slices of an H100.
+# them. float8 products accumulate in float32; an A100 has none. Names that merely begin or end like
+# these are of other cards: H200 NVL, slices of an H100.
 _DATA_SHEETS = {
     "NVIDIA H100 80GB HBM3": DataSheet({BF16: 989.4e12, FP8: 1978.9e12}, 3.35e12),
+    "NVIDIA H100 PCIe": DataSheet({BF16: 756e12, FP8: 1513e12}, 2e12),
+    "NVIDIA H100 NVL": DataSheet({BF16: 835.5e12, FP8: 1671e12}, 3.9e12),
     "NVIDIA H200": DataSheet({BF16: 989.4e12, FP8: 1978.9e12}, 4.8e12),
+    "NVIDIA GH200 480GB": DataSheet({BF16: 989.4e12, FP8: 1978.9e12}, 4e12),
     "NVIDIA B200": DataSheet({BF16: 2250e12, FP8: 4500e12}, 8e12),
+    "NVIDIA A100-SXM4-40GB": DataSheet({BF16: 312e12}, 1.555e12),
+    "NVIDIA A100-SXM4-80GB": DataSheet({BF16: 312e12}, 2.039e12),
+    "NVIDIA A100 80GB PCIe": DataSheet({BF16: 312e12}, 1.935e12),
     "NVIDIA L40S": DataSheet({BF16: 362e12, FP8: 733e12}, 0.864e12),
     "NVIDIA GeForce RTX 4090": DataSheet({BF16: 165.2e12, FP8: 330.3e12}, 1.008e12),
     "NVIDIA GeForce RTX 5090": DataSheet({BF16: 209.5e12, FP8: 419e12}, 1.792e12),
@@ -154,7 +160,11 @@ def show_rate(flops_per_s: float) -> str:
 
 
 def floor_s(flops: dict[str, float], bytes: int, sheet: DataSheet | None) -> float | None:
-    """`max(sum over units of FLOPs / peak, bytes / bandwidth)`: the units share one tensor core."""
+    """`max(sum over units of FLOPs / peak, bytes / bandwidth)`: the units share one tensor core.
+
+    What a device has no unit for, it multiplies in bfloat16.
+    """
     if sheet is None:
         return None
-    return max(sum(n / sheet.peak[unit] for unit, n in flops.items()), bytes / sheet.bandwidth)
+    times_s = (n / sheet.peak.get(unit, sheet.peak[BF16]) for unit, n in flops.items())
+    return max(sum(times_s), bytes / sheet.bandwidth)

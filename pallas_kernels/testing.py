@@ -1,9 +1,11 @@
 """Bitwise comparison, and kernels interpreted on the CPU."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.compat import interpreter, races_found
@@ -47,3 +49,39 @@ def run_interpreted(fn: Callable[..., Any], *args: Any, num_cores: int = 2) -> A
         out = jax.block_until_ready(jax.jit(fn)(*args))
     assert not races_found(), "the interpreter saw a race"
     return out
+
+
+def parts_in_turn(
+    fn: Callable[..., Any], *, mesh: jax.sharding.Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """What `jax.shard_map` computes, one part after the other on one device.
+
+    To take its place where kernels are interpreted, for the interpreter knows one device. All specs
+    must cut over the same mesh axes; `fn` must not exchange anything between devices.
+    """
+    is_spec = {"is_leaf": lambda spec: isinstance(spec, jax.sharding.PartitionSpec)}
+    specs = jax.tree.leaves((in_specs, out_specs), **is_spec)
+    cut = {(e,) if isinstance(e, str) else e for spec in specs for e in spec if e is not None}
+    assert len(cut) <= 1, f"specs cut over different axes: {cut}"
+    count = math.prod(mesh.shape[axis] for axes in cut for axis in axes)
+
+    def on_each(*args):
+        def part(spec, tree, i):
+            if spec == jax.sharding.PartitionSpec():
+                return tree
+            axis = len(spec) - 1
+            return jax.tree.map(lambda x: jnp.split(x, count, axis)[i], tree)
+
+        made = []
+        for i in range(count):
+            parts = jax.tree.map(lambda s, t, i=i: part(s, t, i), in_specs, args, **is_spec)
+            made.append(fn(*parts))
+
+        def joined(spec, *parts):
+            if spec == jax.sharding.PartitionSpec():
+                return parts[0]
+            return jnp.concatenate(parts, len(spec) - 1)
+
+        return jax.tree.map(joined, out_specs, *made, **is_spec)
+
+    return on_each

@@ -1,7 +1,7 @@
 """What the products of one call have in common: which path each takes, and its randomness."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from lowbit_jax.ops import dispatch
 from lowbit_jax.ops.dispatch import Plan
 from lowbit_jax.ops.dot_recipe import DotRecipe, Product
 from lowbit_jax.rotations import Hadamard
+from pallas_kernels.partition import Partition
 from pallas_kernels.rotate_quantize import Target
 from pallas_kernels.scaled_matmul.epilogue import HADAMARD_BLOCKS
 
@@ -28,6 +29,9 @@ class Call:
       out_dtype: Of `y`.
       shape: Tokens, n and k, which choose the path.
       weights: Of each: dtype, that of its master if it came quantized, and whether it did.
+      places: Of each, those of a `QuantizedWeight`.
+      partition: How tokens are cut over devices on which kernels are to run; None: one device.
+      partition_obstacle: Why they do not run on several, see `dispatch.partition_obstacle`.
     """
 
     recipe: DotRecipe
@@ -36,6 +40,9 @@ class Call:
     out_dtype: np.dtype
     shape: tuple[int, int, int]
     weights: tuple[tuple[np.dtype, bool], ...]
+    places: tuple[Any, ...] = (None,)
+    partition: Partition | None = None
+    partition_obstacle: str | None = None
 
     def plan(self, product: Product) -> Plan:
         """The path of a product."""
@@ -49,8 +56,15 @@ class Call:
             rotation=recipe.rotation_of(product),
             is_kept=again is None,
             dtypes=(self.x_dtype, self.out_dtype) if product == "y" else (self.x_dtype,),
-            shape=self.shape,
+            shape=self.part_shape,
+            partition_obstacle=self.partition_obstacle,
         )
+
+    @property
+    def part_shape(self) -> tuple[int, int, int]:
+        """Tokens of a device, n and k."""
+        tokens, n, k = self.shape
+        return tokens if self.partition is None else tokens // self.partition.count, n, k
 
     @property
     def inverse_hadamard(self) -> int | None:
@@ -67,7 +81,12 @@ class Call:
             return None
         rotation = self.recipe.rotation_of(product)
         if path == "fp8" and dispatch.quantizer_obstacle(
-            spec, rotation, dispatch.cuda_capability(), self.x_dtype, self.shape
+            spec,
+            rotation,
+            dispatch.cuda_capability(),
+            self.x_dtype,
+            self.part_shape,
+            self.partition_obstacle,
         ):
             return None
         if path == "hopper_bf16" and (

@@ -15,6 +15,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.compat import vary_alike
+
 # Logits of one chunk, in float32, when the caller leaves the number of chunks open. Each chunk
 # costs one more pass over the float32 weight gradient, so fewer and larger is faster.
 DEFAULT_CHUNK_BYTES = 2**30
@@ -38,6 +40,9 @@ def linear_cross_entropy(
     Products take operands of `hidden.dtype` and accumulate in float32; the logits, their
     logsumexp and the softmax are float32; the gradient of the logits is rounded to `hidden.dtype`
     before the two backward products. No forward-mode derivative.
+
+    Within `jax.shard_map` the mean is that of a device's tokens, and the gradient of a weight that
+    is the same on all is summed over the devices, under its default `check_vma`.
 
     Chunk `i` holds the tokens `i, i + chunks, i + 2 * chunks, ...`: a batch sharded over its tokens
     stays sharded inside every chunk.
@@ -73,7 +78,7 @@ def linear_cross_entropy(
             f"linear_cross_entropy: chunks must divide the number of tokens, got {chunks} for {m};"
             " choose a divisor or leave it None."
         )
-    return _mean_loss(chunks, hidden, weight, targets)
+    return _mean_loss(chunks, *vary_alike((hidden, weight, targets)))
 
 
 def _matmul(
@@ -123,7 +128,7 @@ def _mean_loss(chunks, hidden, weight, targets):
         return total + losses.sum(), None
 
     chunked = (_split(hidden, chunks), _split(targets, chunks))
-    total, _ = lax.scan(body, jnp.zeros((), jnp.float32), chunked)
+    total, _ = lax.scan(body, vary_alike(jnp.zeros((), jnp.float32), hidden), chunked)
     return total / targets.size
 
 
@@ -144,6 +149,7 @@ def _mean_loss_fwd(chunks, hidden, weight, targets):
         return (total + losses.sum(), weight_gradient), _matmul(g, cast, (1, 0), h.dtype)
 
     init = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
+    init = vary_alike(init, hidden)
     chunked = (_split(hidden, chunks), _split(targets, chunks))
     (total, weight_gradient), hidden_gradient = lax.scan(body, init, chunked)
     residuals = (_merge(hidden_gradient), weight_gradient.astype(weight.dtype))

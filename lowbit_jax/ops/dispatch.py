@@ -4,9 +4,10 @@ An implementation is a row of `_PATHS`, from `products`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ from lowbit_jax.rotations import Hadamard, Rotation
 from pallas_kernels import compat, rotate_quantize
 from pallas_kernels.compat import cuda_capability
 from pallas_kernels.folded import WORD, foldable
+from pallas_kernels.partition import Partition
 from pallas_kernels.rotate_quantize import Target
+from pallas_kernels.rotate_quantize.op import PART_ROWS
 
 SCOPE = "lowbit"  # first word of the name of the scope round each product; `explain` looks for it
 _SEPARATOR = "|"
@@ -54,6 +57,7 @@ def choose(
     is_kept: bool = False,
     dtypes: Sequence[DTypeLike] = (jnp.bfloat16,),
     shape: tuple[int, int, int] | None = None,
+    partition_obstacle: str | None = None,
 ) -> Plan:
     """Chooses the path of the product `a b^T`.
 
@@ -67,7 +71,8 @@ def choose(
       rotation: Of both operands; None for none.
       is_kept: Whether the second operand is what the forward product used, as it is.
       dtypes: Of what is not quantized, and of the result.
-      shape: Tokens, n and k, the last of which masks run along; None: large and even.
+      shape: Tokens of a device, n and k, the last of which masks run along; None: large and even.
+      partition_obstacle: From `partition_obstacle`.
 
     Raises:
       ValueError: If no path has that name.
@@ -90,12 +95,15 @@ def choose(
     obstacles = []
     for name, path in _PATHS.items():
         obstacle = path.formats_obstacle(a, b, rotation, is_kept, dtypes)
-        obstacle = obstacle or path.device_limit(capability) or path.doubt(capability, shape)
+        obstacle = obstacle or path.device_limit(capability)
+        obstacle = obstacle or path.doubt(capability, shape, partition_obstacle)
         if not obstacle:
             reason = "; ".join(obstacles) or "formats and device allow it"
             if name == "fp8":
                 of_operands = [
-                    quantizer_obstacle(spec, rotation, capability, dtypes[0], shape)
+                    quantizer_obstacle(
+                        spec, rotation, capability, dtypes[0], shape, partition_obstacle
+                    )
                     for spec in (a, b)
                     if spec is not None
                 ]
@@ -113,6 +121,7 @@ def quantizer_obstacle(
     capability: tuple[int, int] | None,
     dtype: DTypeLike,
     shape: tuple[int, int, int] | None,
+    partition_obstacle: str | None = None,
 ) -> str | None:
     """Why `rotate_quantize` is not to make operands for the path "fp8", or None if it is.
 
@@ -124,13 +133,43 @@ def quantizer_obstacle(
       rotation: Of the product.
       capability: Of the CUDA device; None if there is none.
       dtype: Of `x`.
-      shape: Tokens, n and k; None: large and even.
+      shape: Tokens of a device, n and k; None: large and even.
+      partition_obstacle: From `partition_obstacle`.
     """
     return (
         _operand_obstacle(spec, rotation, (dtype,))
         or compat.hopper_obstacle(capability)
-        or _kernel_doubt(capability, shape)
+        or _kernel_doubt(capability, shape, partition_obstacle)
     )
+
+
+def partition_obstacle(arrays: Any, partition: Partition | None, tokens: int) -> str | None:
+    """Why kernels do not run on the devices over which these arrays are spread, or None if they do.
+
+    Types of arrays tell their mesh, and so does `jax.set_mesh`; not, though, that `in_shardings` of
+    `jax.jit` will put arrays on one that lie on none: then each device gets the whole of them.
+
+    Args:
+      arrays: What a product takes, as traced.
+      partition: How its tokens are cut, if that is known.
+      tokens: All of them.
+    """
+    if partition is not None:
+        if partition.count == 1 or tokens % (partition.count * PART_ROWS) == 0:
+            return None
+        return (
+            f"{tokens} tokens on {partition.count} devices are no multiple of {PART_ROWS} for each"
+        )
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays)]
+    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
+        kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        count = math.prod(size for size, kind in kinds if kind != jax.sharding.AxisType.Manual)
+        if count > 1:
+            return (
+                f"jit may partition products over {count} devices, but no kernels; say how the"
+                " tokens are cut (partition=...), or use jax.shard_map"
+            )
+    return None
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -155,17 +194,30 @@ def run(
     specs: tuple[QuantSpec | None, QuantSpec | None],
     compute_dtype: DTypeLike,
     out_dtype: DTypeLike,
+    *,
+    partition: Partition | None = None,
+    partition_obstacle: str | None = None,
     **epilogue,
 ) -> Float[Array, "p q"]:
     """`a b^T`: sums in float32, then rounded to `out_dtype`. The path "blackwell" takes `QTensor`s.
 
     Runs under a `jax.named_scope` that carries what `explain` reports. The path "hopper" takes
-    `mask` and `inverse_hadamard` for `epilogue`, see `scaled_matmul`.
+    `mask` and `inverse_hadamard` for `epilogue`, see `scaled_matmul`. With a `partition` the paths
+    of kernels and of cuBLAS run on the part of each device, the others as the compiler cuts them;
+    with a `partition_obstacle` all of them.
     """
     fields = (f"{SCOPE} {product}", *map(describe, specs), *plan)
+    path = _PATHS[plan.path]
+    run_path: Callable[..., Array] = path.run
+    dtypes = jnp.dtype(compute_dtype), jnp.dtype(out_dtype)
+    if plan.path == "fp8":
+        is_cut = partition_obstacle is not None
+        epilogue["by_cublas"] = _no_float8_unit(cuda_capability()) is None and not is_cut
+    if partition is not None and path.is_for_parts:
+        run_path = functools.partial(products.on_parts, path.run, partition)
+        epilogue["sums_tokens"] = product == "dw"
     with jax.named_scope(_SEPARATOR.join(fields)):
-        run_path = _PATHS[plan.path].run
-        return run_path(a, b, jnp.dtype(compute_dtype), jnp.dtype(out_dtype), **epilogue)
+        return cast(Any, run_path)(a, b, *dtypes, **epilogue)
 
 
 class ScopeFields(NamedTuple):
@@ -251,7 +303,9 @@ def _float8_formats(a: QuantSpec | None, b: QuantSpec | None, *_) -> str | None:
 
 
 def _kernel_doubt(
-    capability: tuple[int, int] | None, shape: tuple[int, int, int] | None
+    capability: tuple[int, int] | None,
+    shape: tuple[int, int, int] | None,
+    partition_obstacle: str | None,
 ) -> str | None:
     """Where kernels could run, but are not the first choice.
 
@@ -259,14 +313,9 @@ def _kernel_doubt(
     sides of 2048 to 14336; docs/kernels.md has the times.
     """
     del capability
-    if compat.is_interpreting():
-        return None
-    if _may_be_partitioned():
-        return (
-            f"jit may partition products over {jax.device_count()} devices, but no kernels; use"
-            " jax.shard_map"
-        )
-    if shape is None:
+    if partition_obstacle is not None:
+        return partition_obstacle
+    if compat.is_interpreting() or shape is None:
         return None
     if 0 in shape:
         return f"nothing to compute for (tokens, n, k) = {shape}"
@@ -283,17 +332,7 @@ def padding(size: int) -> float:
     return -(-size // _TILE) * _TILE / size - 1 if size else 0.0
 
 
-def _may_be_partitioned() -> bool:
-    """Whether there are devices over which jit could partition what is traced here."""
-    if jax.device_count() == 1:
-        return False
-    mesh = jax.sharding.get_abstract_mesh()
-    is_manual = [kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types]
-    return not (is_manual and all(is_manual))
-
-
-def _float8_doubt(capability: tuple[int, int] | None, shape) -> str | None:
-    del shape
+def _float8_doubt(capability: tuple[int, int] | None, *_) -> str | None:
     return _no_float8_unit(capability)
 
 
@@ -305,19 +344,15 @@ def _no_float8_unit(capability: tuple[int, int] | None) -> str | None:
     return None
 
 
-def _float8(a: Operand, b: Operand, compute_dtype, out_dtype):
-    by_cublas = _no_float8_unit(cuda_capability()) is None and not _may_be_partitioned()
-    return products.float8(a, b, compute_dtype, out_dtype, by_cublas=by_cublas)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Path:
     """One implementation; an obstacle is None, or the reason why not."""
 
     formats_obstacle: Callable[..., str | None]  # of what `choose` is told
     device_limit: Callable[[tuple[int, int] | None], str | None]  # where it cannot run
-    doubt: Callable[..., str | None]  # of device and shape: where it is not the first choice
+    doubt: Callable[..., str | None]  # of device, shape, mesh: where it is not the first choice
     run: Callable[..., Array]
+    is_for_parts: bool = False  # whether it takes the part of a device, as the compiler cannot cut
 
 
 def _nothing(*_) -> None:
@@ -326,11 +361,14 @@ def _nothing(*_) -> None:
 
 # By preference; what follows "dequantize", which covers everything, is taken by name only.
 _PATHS: dict[str, _Path] = {
-    "fp8": _Path(_float8_formats, _nothing, _float8_doubt, _float8),
-    "hopper": _Path(_hopper_formats, compat.hopper_obstacle, _kernel_doubt, products.by_kernel),
+    "fp8": _Path(_float8_formats, _nothing, _float8_doubt, products.float8, True),
+    "hopper": _Path(
+        _hopper_formats, compat.hopper_obstacle, _kernel_doubt, products.by_kernel, True
+    ),
     "dequantize": _Path(_nothing, _nothing, _nothing, products.dequantized),
-    # Neither has run on such a GPU.
+    # A GPU test of it fails yet: docs/kernels.md says by how much.
     "hopper_bf16": _Path(_nvfp4_formats, compat.hopper_obstacle, _nothing, products.dequantized),
+    # Has not run on such a GPU.
     "blackwell": _Path(
         blackwell.formats_obstacle, blackwell.device_limit, _nothing, blackwell.block_scaled
     ),

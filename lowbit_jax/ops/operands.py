@@ -7,6 +7,7 @@ of float32 gradients, see `scaled_matmul`.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ from lowbit_jax.ops.products import Operand
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
 from pallas_kernels.compat import is_interpreting
 from pallas_kernels.folded import WORD, fold, unpack_mask
+from pallas_kernels.partition import Partition
 from pallas_kernels.rotate_quantize import Keys, Target, requantize_obstacle, rotate_quantize
 
 OperandName = Literal["x", "w"]
@@ -52,7 +54,7 @@ class Residual(NamedTuple):
       mask: Of the gradient: bool `(rows, k)`, or packed words from the kernel; None for all.
     """
 
-    saved: Operand | QTensor | Finished
+    saved: Operand | QTensor | QuantizedWeight | Finished
     mask: Any
 
 
@@ -90,13 +92,10 @@ def operand_of_quantized(
     w: QuantizedWeight, keys: dict[Product, ProductKeys], call: Call
 ) -> tuple[AnyOperand, Residual]:
     """The operand that `forward_operand` would have made of the weights, and codes to keep."""
-    if call.takes_codes("y"):
-        q = w.quantized
-    elif call.uses_kernel("y"):
-        q = Operand(*fold(w.quantized))
-    else:
-        q = _operand(w.quantized, call)
-    saved = w.quantized
+    q = w.moved()
+    if not call.takes_codes("y"):
+        q = Operand(*fold(q)) if call.uses_kernel("y") else _quantized(factor(q), q.spec, call)
+    saved = dataclasses.replace(w, master=None)
     if _keeps_original("w", call.recipe):
         saved = _unquantized(w.master, call, keys["y"].rotation)
     return q, Residual(saved, None)
@@ -112,7 +111,7 @@ def gradient_operands(
     if rows is not None or columns is not None:
         row_keys, column_keys = (_keys_of(keys[p], first=True) for p in ("dx", "dw"))
         of_dx, of_dw, _ = _quantize_by_kernel(
-            g, rows, columns, row_keys=row_keys, column_keys=column_keys
+            g, rows, columns, call.partition, row_keys=row_keys, column_keys=column_keys
         )
     if of_dx is None:
         of_dx = _rotate_and_quantize(g, "dx", recipe.dx_g, keys["dx"].first, keys, call)
@@ -122,7 +121,7 @@ def gradient_operands(
 
 
 def backward_operand(
-    saved: Operand | QTensor | Finished,
+    saved: Operand | QTensor | QuantizedWeight | Finished,
     product: Product,
     keys: dict[Product, ProductKeys],
     call: Call,
@@ -132,7 +131,11 @@ def backward_operand(
         return saved.operand
     recipe = call.recipe
     spec = recipe.dx_w if product == "dx" else recipe.dw_x
-    saved = _rows(_operand(saved, call))
+    if isinstance(saved, QuantizedWeight):
+        saved = saved.moved()
+    if isinstance(saved, QTensor):  # as the in-layer quantizer would have left it
+        saved = _quantized(factor(saved), saved.spec, call)
+    saved = _rows(saved)
     if spec is None and recipe.rotation_of(product) is None:
         return _transposed(saved, call)
     target = call.target(product, spec)
@@ -143,8 +146,10 @@ def backward_operand(
     if target.is_nvfp4 and saved.scale is not None and not saved.scale.ndim:
         # Its scale follows that of the array, which need not be multiplied out.
         saved, scale = Operand(saved.values.astype(call.x_dtype), None), saved.scale
-    column_keys = _keys_of(keys[product], first=False)
-    _, columns, _ = _quantize_by_kernel(_dense(saved), None, target, column_keys=column_keys)
+    partition, column_keys = _partition_of(product, call), _keys_of(keys[product], first=False)
+    _, columns, _ = _quantize_by_kernel(
+        _dense(saved), None, target, partition, column_keys=column_keys
+    )
     assert columns is not None
     assert columns.scale is not None  # as the kernel makes them
     return columns if scale is None else columns._replace(scale=columns.scale * scale)
@@ -190,7 +195,16 @@ def run_product(
     """`a b^T` by the path of the product."""
     specs = call.recipe.formats_of(product)
     return dispatch.run(
-        product, call.plan(product), a, b, specs, call.x_dtype, out_dtype, **epilogue
+        product,
+        call.plan(product),
+        a,
+        b,
+        specs,
+        call.x_dtype,
+        out_dtype,
+        partition=call.partition,
+        partition_obstacle=call.partition_obstacle,
+        **epilogue,
     )
 
 
@@ -228,6 +242,7 @@ def _by_kernel(
         z.reshape(-1, z.shape[-1]),
         target,
         of_columns,
+        _partition_of(product, call),
         requantize=of_columns is not None and again is not None,
         mask_bound=bound,
         row_keys=_keys_of(keys["y"], first=name == "x"),
@@ -243,9 +258,20 @@ def _by_kernel(
     return q, Residual(saved, mask)
 
 
-def _quantize_by_kernel(x: Array, rows: Target | None, columns: Target | None, **options):
+def _partition_of(product: Product, call: Call) -> Partition | None:
+    """How rows of the forward operand lie that a backward product takes: weights are uncut."""
+    if call.partition is None:
+        return None
+    return call.partition if product == "dw" else call.partition.uncut
+
+
+def _quantize_by_kernel(
+    x: Array, rows: Target | None, columns: Target | None, partition: Partition | None, **options
+):
     """`rotate_quantize`: operands of two products, None where not asked for, and a packed mask."""
-    made = rotate_quantize(x, rows, columns, interpret=is_interpreting(), **options)
+    made = rotate_quantize(
+        x, rows, columns, partition=partition, interpret=is_interpreting(), **options
+    )
     of_rows, of_columns = (
         None if side is None else Operand(*side) for side in (made.rows, made.columns)
     )
@@ -268,11 +294,6 @@ def _unquantized(z, call: Call, key_rotation) -> Operand:
         return Operand(z, None)
     z = rotation.apply(z.reshape(-1, z.shape[-1]), key=key_rotation)
     return Operand(z.astype(call.x_dtype), None)
-
-
-def _operand(saved: Operand | QTensor, call: Call) -> Operand:
-    """A quantized weight as the operand that the in-layer quantizer would have left."""
-    return saved if isinstance(saved, Operand) else _quantized(factor(saved), saved.spec, call)
 
 
 def _rotate_and_quantize(

@@ -6,6 +6,7 @@ its epilogue.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.compat import is_interpreting
+from pallas_kernels.partition import Partition, map_parts
 from pallas_kernels.scaled_matmul import scaled_matmul
 
 # Names of `jax_default_matmul_precision` for the least precise products.
@@ -51,6 +53,57 @@ def by_kernel(
     )  # fmt: skip
 
 
+def on_parts(
+    multiply: Callable[..., Array],
+    partition: Partition,
+    a: Operand,
+    b: Operand,
+    compute_dtype: np.dtype,
+    out_dtype: np.dtype,
+    *,
+    sums_tokens: bool,
+    mask: Array | None = None,
+    **options,
+) -> Float[Array, "p q"]:
+    """`multiply` of what each device has of operands that are made of tokens.
+
+    A product that sums over tokens is one of the tokens of each device, mask and rotation back
+    included, in float32, and then the sum over the devices, in float32: in another order than on
+    one device.
+
+    Args:
+      multiply: As `by_kernel`.
+      partition: How the tokens are cut.
+      a: Its rows are tokens; or, if the product sums over them, its columns.
+      b: The same on all devices; or its columns are tokens, too.
+      compute_dtype: Of what is not quantized.
+      out_dtype: Of the result.
+      sums_tokens: Whether the product sums over tokens.
+      mask: `(words, p)`, see `scaled_matmul`.
+      **options: Of `multiply`.
+    """
+    has_row_scales = not sums_tokens and a.scale is not None and a.scale.ndim
+    optional = {  # what there is, and the axis of its tokens
+        "a": (a.values, 1 if sums_tokens else 0),
+        "b": (b.values, 1 if sums_tokens else None),
+        "a_scale": (a.scale, 0 if has_row_scales else None),
+        "b_scale": (b.scale, None),
+        "mask": (mask, None if sums_tokens else 1),
+    }
+    arrays = {name: array for name, (array, _) in optional.items() if array is not None}
+    axes = {name: optional[name][1] for name in arrays}
+
+    def of_part(arrays):
+        a, b = (Operand(arrays[name], arrays.get(name + "_scale")) for name in "ab")
+        given = options if mask is None else {**options, "mask": arrays["mask"]}
+        if not sums_tokens:
+            return multiply(a, b, compute_dtype, out_dtype, **given)
+        return multiply(a, b, compute_dtype, np.dtype(np.float32), **given)[None]
+
+    y = map_parts(of_part, partition, (axes,), 0)(arrays)
+    return jnp.sum(y, axis=0).astype(out_dtype) if sums_tokens else y
+
+
 def float8(
     a: Operand, b: Operand, compute_dtype: np.dtype, out_dtype: np.dtype, *, by_cublas: bool
 ) -> Float[Array, "p q"]:
@@ -61,7 +114,7 @@ def float8(
       b: Likewise, but not both e5m2.
       compute_dtype: Of what is not quantized.
       out_dtype: Of the result.
-      by_cublas: Whether the device has units for it, and one device is all there is.
+      by_cublas: Whether the device has units for it, and the compiler does not cut the product.
     """
     # XLA makes a sum of products of one row, for which it knows no algorithm.
     is_matrix = min(len(a.values), len(b.values)) > 1

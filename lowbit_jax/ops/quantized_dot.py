@@ -22,6 +22,7 @@ from lowbit_jax.ops.operands import (
 )
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
 from pallas_kernels.compat import is_interpreting, vary_alike
+from pallas_kernels.partition import Partition
 
 _COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -33,6 +34,7 @@ def quantized_dot(
     *,
     key: PRNGKeyArray | None = None,
     implementation: str | None = None,
+    partition: Partition | None = None,
 ) -> Float[Array, "..."]:
     """`y = Q(x R) Q(w R)^T`, with R the rotation of the recipe; `x w^T` if nothing is quantized.
 
@@ -70,15 +72,20 @@ def quantized_dot(
       key: Randomness of stochastic rounding and random signs. Needed if `recipe.needs_key`,
         unused otherwise; new for every step and layer.
       implementation: "dequantize", "fp8", "hopper", "hopper_bf16" or "blackwell"; taken for all
-        three products or refused. The last two, our kernel's NVFP4 operands in bfloat16 and
-        block-scaled products, only by name: they have never run on such a GPU. None: chosen for
+        three products or refused. The last two only by name: our kernel's NVFP4 operands in
+        bfloat16, whose weight gradients a test on a GPU still finds further from the reference than
+        it allows, and block-scaled products, which have never run on such a GPU. None: chosen for
         each product, and `explain` tells which and why: "fp8" for float8 formats with one scale a
         tensor; "hopper" for 4-bit formats that float8 holds, and `dx` of an unquantized gradient
         that is rotated back, on a Hopper GPU with JAX 0.11, unless the shape is small or ragged, or
-        there are several devices over which `jit` may partition, as it does not kernels;
+        arrays lie on a mesh over which `jit` may partition, and no `partition` is given;
         "dequantize" for the rest. The device is that of `jax.default_device`, or the first: where
         arrays are cannot be known while tracing. Functions of arrays that are committed to the CPU
         of a machine with a GPU must be traced under the former.
+      partition: Of the tokens, where `jit` partitions over a mesh, on which w is the same on all
+        devices: then kernels run on the part of each device, with scales and random numbers of the
+        whole. y and dx are those of one device, bit by bit where the product is exact; dw is summed
+        over the tokens of each device, then over the devices. None: not known.
 
     Returns:
       `(*batch, n)` in the dtype of `x`.
@@ -92,7 +99,7 @@ def quantized_dot(
     References:
       Panferov et al., QuEST, arXiv:2502.05003; Castro et al., Quartet, arXiv:2505.14669.
     """
-    return _quantized_dots(x, {"": w}, recipe, key, implementation)[""]
+    return _quantized_dots(x, {"": w}, recipe, key, implementation, partition=partition)[""]
 
 
 def quantized_dots(
@@ -102,6 +109,7 @@ def quantized_dots(
     *,
     key: PRNGKeyArray | None = None,
     implementation: str | None = None,
+    partition: Partition | None = None,
     saved_as: tuple[str, str] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """`quantized_dot` of one x with several weights, such as those of query, key and value.
@@ -116,6 +124,7 @@ def quantized_dots(
       recipe: Of all products.
       key: One for all.
       implementation: As for `quantized_dot`.
+      partition: As for `quantized_dot`.
       saved_as: Names for policies of `jax.checkpoint`, of what is made of x and kept for the
         backward pass, mask included, and of the results; what is made of weights is named
         "weights". Arguments kept as they are get none: name them before. None: no names.
@@ -129,7 +138,9 @@ def quantized_dots(
     """
     if not weights:
         raise ValueError("quantized_dots: weights must hold one matrix at least, got none.")
-    return _quantized_dots(x, weights, recipe, key, implementation, saved_as=saved_as)
+    return _quantized_dots(
+        x, weights, recipe, key, implementation, partition=partition, saved_as=saved_as
+    )
 
 
 def quantized_dot_general(
@@ -187,7 +198,7 @@ def quantized_dot_general(
 
 
 def _quantized_dots(
-    x, weights, recipe, key, implementation, out_dtype=None, saved_as=None
+    x, weights, recipe, key, implementation, out_dtype=None, *, partition=None, saved_as=None
 ) -> dict[str, Array]:
     x = jnp.asarray(x)
     # In the order of a pytree's leaves.
@@ -197,13 +208,18 @@ def _quantized_dots(
     x, ws = vary_alike((x, ws), key if recipe.needs_key else ())
     # One path for all, since they share the operands made of x: that of the worst n to tile.
     n = max((_master(w).shape[0] for w in ws.values()), key=dispatch.padding)
+    tokens = math.prod(x.shape[:-1])
+    obstacle = dispatch.partition_obstacle((x, ws), partition, tokens)
     call = Call(
         recipe,
         implementation,
         x_dtype=jnp.dtype(x.dtype),
         out_dtype=jnp.dtype(out_dtype or x.dtype),
-        shape=(math.prod(x.shape[:-1]), n, x.shape[-1]),
+        shape=(tokens, n, x.shape[-1]),
         weights=tuple((_master(w).dtype, isinstance(w, QuantizedWeight)) for w in ws.values()),
+        places=tuple(getattr(w, "places", None) for w in ws.values()),
+        partition=partition if obstacle is None else None,
+        partition_obstacle=obstacle,
     )
     is_by_kernel = any(call.target("y", spec) is not None for spec in (recipe.y_x, recipe.y_w))
     # Interpreted kernels have effects, which checkpoints do not take.
@@ -281,11 +297,13 @@ def _dots_bwd(call: Call, saved_as, residuals, gs):
     x_q = backward_operand(of_x.saved, "dw", x_keys, call)
     dw_dtype = jnp.promote_types(call.x_dtype, jnp.float32)
     dws = {}
-    for (name, g_q), (w_dtype, is_quantized) in zip(for_dw.items(), call.weights, strict=True):
+    for (name, g_q), (w_dtype, is_quantized), places in zip(
+        for_dw.items(), call.weights, call.places, strict=True
+    ):
         if is_quantized:  # the estimator waits for the mean over micro-batches
             with scope(name):
                 dw = run_product("dw", g_q, x_q, call, dw_dtype).astype(w_dtype)
-            dws[name] = QuantizedWeight(dw, None)
+            dws[name] = QuantizedWeight(dw, None, places)
         else:
             pair = {name: (g_q, x_q)}
             dw = masked_gradient("dw", pair, of_ws[name].mask, x_keys, call, dw_dtype)

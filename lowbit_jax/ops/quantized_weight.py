@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lowbit_jax.numerics import QTensor, QuantSpec, gradient_mask, quantize_matrices
@@ -27,7 +28,7 @@ from lowbit_jax.rotations import Rotation
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["master", "quantized"], meta_fields=[]
+    jax.tree_util.register_dataclass, data_fields=["master", "quantized"], meta_fields=["places"]
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
@@ -40,10 +41,39 @@ class QuantizedWeight:
       master: `(*layers, n, k)`. Not read, unless the recipe quantizes the original once more for
         `dx` (`requantize=False` with a `dx_w`).
       quantized: `Q(master R)` from `quantize_weight`, with the same leading axes.
+      places: Two shardings for each array of `quantized`: as it lies, cut over devices for
+        example, and as a product reads it. What is kept for the backward pass lies as at first, and
+        is moved once more. None: it is read where it lies.
     """
 
     master: Any
     quantized: Any  # a QTensor; not checked, for a pytree may hold anything, such as cotangents
+    places: tuple[tuple[Sharding, Sharding], ...] | None = None
+
+    def moved(self) -> QTensor:
+        """`quantized` where it is used, within `jax.jit`: integers and bytes travel, no floats."""
+        if self.places is None:
+            return self.quantized
+        parts, treedef = jax.tree.flatten(self.quantized)
+        moved = [move_bits(part, *pair) for part, pair in zip(parts, self.places, strict=True)]
+        return treedef.unflatten(moved)
+
+
+def move_bits(x: Shaped[Array, "..."], *places: Sharding) -> Shaped[Array, "..."]:
+    """`x` on each sharding after the other, within `jax.jit`, as the bits that it is stored in.
+
+    The compiler may make more of a move than it has to: send a floating-point array in a wider
+    type, or what it is computed from. It has no derivative.
+    """
+    bits = jax.lax.stop_gradient(x)
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    if is_float:
+        bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    for place in places:
+        # What lies between two barriers is the move alone.
+        bits = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(bits), place)
+    bits = jax.lax.optimization_barrier(bits)
+    return jax.lax.bitcast_convert_type(bits, x.dtype) if is_float else bits
 
 
 def quantize_weight(
@@ -114,6 +144,28 @@ def gradient_to_master(
     for _ in range(w.ndim - 2):  # a mask depends on the scales, and those on one matrix alone
         of_matrix = jax.vmap(of_matrix)
     return of_matrix(g, jax.lax.stop_gradient(w)).astype(g.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def with_estimator(w: Float[Array, "..."], recipe: DotRecipe) -> Float[Array, "..."]:
+    """`w`, whose gradient is `gradient_to_master` of the one that arrives.
+
+    A `QuantizedWeight` of this master gives the gradient of `w` in each backward pass, where one of
+    `w` itself leaves the estimator to the caller.
+    """
+    del recipe
+    return w
+
+
+def _with_estimator_fwd(w, recipe):
+    return with_estimator(w, recipe), w
+
+
+def _with_estimator_bwd(recipe, w, g):
+    return (gradient_to_master(g, w, recipe),)
+
+
+with_estimator.defvjp(_with_estimator_fwd, _with_estimator_bwd)
 
 
 def _format_and_rotation(who: str, w, recipe: DotRecipe) -> tuple[QuantSpec, Rotation | None]:

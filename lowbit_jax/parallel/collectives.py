@@ -17,7 +17,7 @@ from lowbit_jax.numerics import QTensor, QuantSpec, dequantize, quantize
 def quantized_all_gather(
     x: Float[Array, "..."],
     spec: QuantSpec,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     *,
     axis: int = 0,
     key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
@@ -27,7 +27,7 @@ def quantized_all_gather(
     Args:
       x: This device's part, float; its last axis a multiple of the block size.
       spec: What is sent; it should round to nearest unless the gathered values must be unbiased.
-      axis_name: Of the mesh.
+      axis_name: Of the mesh; several count as one, the first of them the slowest.
       axis: Along which the parts are put together.
       key: The same on all devices, new every step; where `spec` rounds stochastically.
 
@@ -45,7 +45,7 @@ def quantized_all_gather(
 def quantized_reduce_scatter(
     x: Float[Array, "..."],
     spec: QuantSpec,
-    axis_name: str,
+    axis_name: str | tuple[str, ...],
     *,
     axis: int = 0,
     key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
@@ -59,7 +59,7 @@ def quantized_reduce_scatter(
     Args:
       x: Of one shape on all devices, float.
       spec: What is sent, of each part by itself: a scale for the whole array is one of a part.
-      axis_name: Of the mesh.
+      axis_name: Of the mesh; several count as one, the first of them the slowest.
       axis: Along which `x` is cut into parts; the last axis of a part must be a multiple of the
         block size.
       key: The same on all devices, new every step; where `spec` rounds stochastically.

@@ -19,7 +19,7 @@ References:
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -200,22 +200,31 @@ def constrain(tree: PyTree, places: PyTree | None) -> PyTree:
     return tree if places is None else jax.lax.with_sharding_constraint(tree, places)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather(x: Any, used: NamedSharding, gradient: NamedSharding) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(
+    x: Any, used: NamedSharding, gradient: NamedSharding, send: Callable[[Any], Any] | None = None
+) -> Any:
     """`x`, placed as `used`; its gradient is placed as `gradient`, summed over devices on the way.
 
     Without it the compiler may as well move the activations to the parts of a weight.
+
+    Args:
+      x: An array.
+      used: Where it is read.
+      gradient: Where its gradient is summed.
+      send: Makes of x what travels, and of that `x` on `used`, in the place of x itself. It is not
+        differentiated.
     """
     del gradient
-    return jax.lax.with_sharding_constraint(x, used)
+    return jax.lax.with_sharding_constraint(x, used) if send is None else send(x)
 
 
-def _gather_fwd(x, used, gradient):
-    return gather(x, used, gradient), None
+def _gather_fwd(x, used, gradient, send):
+    return gather(x, used, gradient, send), None
 
 
-def _gather_bwd(used, gradient, _, g):
-    del used
+def _gather_bwd(used, gradient, send, _, g):
+    del used, send
     return (jax.lax.with_sharding_constraint(g, gradient),)
 
 

@@ -74,29 +74,40 @@ class ShardingTable:
 
 
 def sharding_table(
-    layout: Layout, parameters: Mapping[str, Parameter], params: PyTree, grads: PyTree, state: Any
+    layout: Layout,
+    parameters: Mapping[str, Parameter],
+    params: PyTree,
+    grads: PyTree,
+    sums: PyTree | None,
+    state: Any,
 ) -> ShardingTable:
     """The table of a training state.
 
     Args:
       layout: The rules.
       parameters: From `parameters_of`.
-      params: As they are stored; shapes will do, as for the two that follow.
+      params: As they are stored; shapes will do, as for the three that follow.
       grads: Likewise, an array for each parameter.
+      sums: Of them over micro-batches, cut as the optimizer's state, where there are both; they
+        count as gradients. None: there is one of the two.
       state: Of the optimizer.
     """
     stage = layout.stage
     overs = (stage.parameters, stage.gradients, stage.optimizer)
-    held: list[dict[str | None, int]] = []
-    for tree, over in zip((params, grads, state), overs, strict=True):
+
+    def held(tree: PyTree, over: tuple[str, ...]) -> dict[str | None, int]:
+        """Bytes for each parameter, and for what belongs to none."""
         owned: dict[str | None, int] = dict.fromkeys([*parameters, None], 0)
         places = jax.tree.leaves(shardings(tree, parameters, layout, over))
         for (path, leaf), place in zip(
             jax.tree_util.tree_leaves_with_path(tree), places, strict=True
         ):
             owned[owner_of(path_text(path), parameters)] += device_bytes(leaf, place)
-        held.append(owned)
-    weights, gradients, optimizer = held
+        return owned
+
+    weights, gradients, optimizer = map(held, (params, grads, state), overs)
+    for path, size in held(sums, stage.optimizer).items():
+        gradients[path] += size
 
     def row(path, parameter):
         cuts = [layout.cut(parameter, over) for over in overs]

@@ -70,9 +70,10 @@ def quantize_tiles(
         bfloat16 `(64, span)`: the transform of 64 entries and, for one of 128, its negative;
         "signs_*", float32, of each coordinate along the axis, if signed; "seeds_*" of the random
         bits of each row, if it is rounded at random; "draws_*", uint32 `(blocks of a row, rows of
-        the operand)`, if scales are; unless blocks have power-of-two scales "scales_*", float32:
-        `(rows of the operand,)`, or `(1,)` for one scale of all; and "reference", float32 `(1,)`, a
-        bound of `|x|`, if they have.
+        the operand)`, if scales are; "first_columns", int32 `(1,)`, where x is a part of a larger
+        matrix: its first row there, a multiple of 64, by which random bits are drawn; unless blocks
+        have power-of-two scales "scales_*", float32: `(rows of the operand,)`, or `(1,)` for one
+        scale of all; and "reference", float32 `(1,)`, a bound of `|x|`, if they have.
       requantize: Makes the columns of the rounded rows; x is not used for them.
       mask_bound: Writes the mask `|x / scale| <= mask_bound` of the rotated rows; None: none.
       tile: Of one block.
@@ -140,6 +141,8 @@ def quantize_tiles(
             f"rotate_quantize: a block has {_SHARED_BYTES} bytes of shared memory, a tile of {tile}"
             f" in {x.dtype} takes {size}; cast x to bfloat16 or use smaller transforms."
         )
+    if "first_columns" in operands:
+        inputs["first_columns"] = operands["first_columns"]
     copied = [name for name in scratch if name in inputs and (name != "x" or terms == 1)]
     scratch["barrier"] = plgpu.Barrier(num_arrivals=len(copied))
 
@@ -150,6 +153,13 @@ def quantize_tiles(
         tile_index = {"rows": lax.axis_index("m"), "columns": lax.axis_index("k")}
         first = {name: tile_index[name] * extents[name][0] for name in tile_index}
         across = {"rows": "columns", "columns": "rows"}
+
+        def counted(name, column):
+            """Where the column of an operand lies in that of the whole matrix."""
+            if name == "columns" and "first_columns" in given:
+                return given["first_columns"][0] + column
+            return column
+
         x_tile = given["x"].at[pl.ds(first["rows"], tile_m), pl.ds(first["columns"], tile_k)]
         for name in copied:
             source = x_tile if name == "x" else given[name]
@@ -222,7 +232,7 @@ def quantize_tiles(
                     side,
                     units.inverses[name],
                     seed=seed,
-                    column=column,
+                    column=column if seed is None else counted(name, column),
                     again=again,
                     interpret=interpret,
                     **options,
@@ -268,7 +278,7 @@ def quantize_tiles(
                         given["scales_" + name][0],
                         sign=sign,
                         seed=seed,
-                        column=column,
+                        column=column if seed is None else counted(name, column),
                         draws=draws,
                         interpret=interpret,
                     )

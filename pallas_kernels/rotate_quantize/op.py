@@ -22,6 +22,7 @@ from lowbit_jax.numerics.spec import (
 )
 from lowbit_jax.rotations.hadamard import Hadamard, hadamard_matrix
 from pallas_kernels.folded import Folded, foldable
+from pallas_kernels.partition import Partition, map_parts
 from pallas_kernels.rotate_quantize.chunk import Side
 from pallas_kernels.rotate_quantize.kernel import quantize_tiles
 from pallas_kernels.rotate_quantize.nvfp4 import BLOCK
@@ -40,6 +41,13 @@ from pallas_kernels.rotate_quantize.tuning import Config, choose_config
 from pallas_kernels.rotate_quantize.units import find_units
 
 _MAX_BLOCK = 128  # of a transform
+PART_ROWS = 128  # each device has a multiple of them: whole tiles, and all that is rotated together
+# The axis of x's rows in what a pass takes and gives; what is not listed has none.
+_ROW_AXES = {
+    **dict.fromkeys(("signs_columns", "seeds_rows", "draws_columns", "first_columns"), 0),
+    **dict.fromkeys(("draws_rows", "values_columns", "statistic_rows", "mask"), 1),
+    **dict.fromkeys(("values_rows", "statistic_columns"), 0),
+}
 
 
 def rotate_quantize(
@@ -52,6 +60,7 @@ def rotate_quantize(
     row_keys: Keys = NO_KEYS,
     column_keys: Keys = NO_KEYS,
     reference: Float32[Array, ""] | None = None,
+    partition: Partition | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> RotatedQuantized:
@@ -67,12 +76,10 @@ def rotate_quantize(
     their block's scale it takes 22 bits of the distance to the lower level, and the factors of the
     transform and of "absmax_floor43" are one product, which rounds once.
 
-    Of NVFP4 the choice of four over six and the factor of MS-EDEN come from float32 sums of 16
-    squares, which err by `2**-20`: four is taken for six, or the reverse, only where their errors
-    differ by no more than `2**-18` of them and of the square of the scale; and of the scales of
-    MS-EDEN, which are multiples of up to 15 steps, at most 1 in `2**15` takes the other neighbour.
-    Numbers are divided by the scales of their blocks, by a GPU to 2 units of `2**-23`, so that it
-    may turn ties.
+    Of NVFP4 the factor of MS-EDEN comes from float32 sums of 16 products, which err by `2**-20`: of
+    its scales, which are multiples of up to 15 steps, at most 1 in `2**15` takes the other
+    neighbour. Numbers are divided by the scales of their blocks, by a GPU to 2 units of `2**-23`,
+    so that it may turn ties.
 
     One pass reads x and writes both operands. Operands with one scale of all need an upper bound of
     `|x|`, from which it follows; if none is given, XLA finds it, where x is made if it can. A scale
@@ -112,23 +119,39 @@ def rotate_quantize(
         abs-max; from an earlier step for example. None: the abs-max of the finite entries. Scales
         of rows and those of NVFP4 do not depend on it; other operands are NaN if it is NaN or
         infinite.
-      config: Tile; None: from a table.
+      partition: How the rows of x lie on several devices, in a program that `jax.jit` partitions:
+        each device makes its part of both operands, the same bits as one device would, but for
+        scales of columns by the rule "rms", whose sums are taken in another order. None: one
+        device, or a part of x that is quantized by itself, within `jax.shard_map`.
+      config: Tile, of which the part of a device holds whole ones; None: from a table.
       interpret: Run on the CPU, within `pallas_kernels.testing.run_interpreted`.
 
     Returns:
       `RotatedQuantized`.
 
     Raises:
-      ValueError: If x is no matrix, nothing is asked for, a key is missing or an axis is no
-        multiple of what is rotated or quantized together.
+      ValueError: If x is no matrix, nothing is asked for, a key is missing, an axis is no multiple
+        of what is rotated or quantized together, or the part of a device no multiple of 128 rows
+        and of the tile's.
       NotImplementedError: If a target is not covered, see `obstacle`.
     """
     _check(x, rows, columns, requantize, mask_bound, row_keys, column_keys)
+    parts = 1 if partition is None else partition.count
+    if x.shape[0] % (parts * PART_ROWS) and parts > 1:
+        raise ValueError(
+            f"rotate_quantize: each of {parts} devices must have a multiple of {PART_ROWS} rows,"
+            f" got x of shape {x.shape}; pad it or choose another partition."
+        )
     targets = {"rows": rows, "columns": columns}
     targets = {name: target for name, target in targets.items() if target is not None}
     keys = {"rows": row_keys, "columns": column_keys}
     if config is None:
-        config = choose_config(x.shape[0], _span(columns), _span(rows), x.dtype.itemsize)
+        config = choose_config(x.shape[0] // parts, _span(columns), _span(rows), x.dtype.itemsize)
+    if parts > 1 and x.shape[0] // parts % config.tile_m:
+        raise ValueError(
+            f"rotate_quantize: each of {parts} devices must have whole tiles of {config.tile_m}"
+            f" rows, got x of shape {x.shape}; choose another config or leave it None."
+        )
     m, k = x.shape
     tile = (config.tile_m, config.tile_k)
     padded_m, padded_k = (-(-size // t) * t for size, t in zip(x.shape, tile, strict=True))
@@ -170,11 +193,36 @@ def rotate_quantize(
             scales[name] = nvfp4_scale(target.spec, finite_absmax(x))
         if name in scales and not target.has_blocks:
             operands["scales_" + name] = scales[name].reshape(1)
-    launch = functools.partial(quantize_tiles, padded, tile=tile, interpret=interpret)
+    column_target = targets.get("columns")
+    if parts > 1 and column_target is not None and column_target.is_random:
+        operands["first_columns"] = jnp.arange(0, m, m // parts, dtype=jnp.int32)
+
+    def launch(sides, mask_bound=None, **options):
+        made = ["values_" + n if side.is_written else "statistic_" + n for n, side in sides.items()]
+        made += [] if mask_bound is None else ["mask"]
+        axes = {name: _ROW_AXES.get(name) for name in operands}
+        if "scales_rows" in operands and operands["scales_rows"].shape != (1,):
+            axes["scales_rows"] = 0
+
+        def of_part(x, operands):
+            return quantize_tiles(
+                x,
+                sides.get("rows"),
+                sides.get("columns"),
+                operands,
+                mask_bound=mask_bound,
+                tile=tile,
+                interpret=interpret,
+                **options,
+            )
+
+        out_axes = {name: _ROW_AXES[name] for name in made}
+        return map_parts(of_part, partition, (0, axes), out_axes)(padded, operands)
+
     rest = {name: target for name, target in targets.items() if name not in scales}
     if rest:
         sides = {name: Side(target, is_written=False) for name, target in rest.items()}
-        found = launch(sides.get("rows"), sides.get("columns"), operands)
+        found = launch(sides)
         for name, target in rest.items():
             along, _, across, _ = extents[name]
             found_here = found["statistic_" + name]
@@ -187,13 +235,7 @@ def rotate_quantize(
             unit = 2 if target.spec.format.kind == "midrise" else 1
             scales[name] = scale[:across] * np.float32(1 / unit)
     sides = {name: Side(target) for name, target in targets.items()}
-    out = launch(
-        sides.get("rows"),
-        sides.get("columns"),
-        operands,
-        requantize=requantize,
-        mask_bound=mask_bound,
-    )
+    out = launch(sides, mask_bound, requantize=requantize)
     folded = {}
     for name, target in targets.items():
         along, _, across, _ = extents[name]

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType, PartitionSpec
 
 from lowbit_jax.ops.cross_entropy import (
     DEFAULT_CHUNK_BYTES,
@@ -59,6 +60,48 @@ def test_float32_loss_and_gradients_equal_the_closed_form(problem, chunks):
     ):
         bound = (2 * logit_error + (8 + length) * u) * mass * np.max(np.abs(other))
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("cut", [(0, 2), (2,), (0, 1, 2), (0,)], ids=str)
+def test_within_shard_map_each_device_has_the_loss_of_its_tokens(problem, cut):
+    # What is not cut is the same on both devices, and gets the sum of their gradients.
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    parts = [x.reshape(2, -1, *x.shape[1:]) for x in problem]  # the vocabulary too
+    args = [
+        x if i in cut else part[0] for i, (x, part) in enumerate(zip(problem, parts, strict=True))
+    ]
+    specs = tuple(rows if i in cut else whole for i in range(3))
+
+    def on_each(hidden, weight, targets):
+        targets = targets % (V // 2)
+        loss, grads = jax.value_and_grad(
+            lambda h, w: linear_cross_entropy(h, w, targets, chunks=2), argnums=(0, 1)
+        )(hidden, weight)
+        return loss[None], grads
+
+    got = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=(rows, specs[:2]))
+    losses, gradients = jax.jit(got)(*args)
+    expected = [
+        float64_loss_and_gradients(h, w, y % (V // 2))
+        for h, w, y in (
+            [part[device] if i in cut else part[0] for i, part in enumerate(parts)]
+            for device in range(2)
+        )
+    ]
+    # Bound: that of the first test for each device, and for gradients of mass 1 at most, of which
+    # two may be added up.
+    u = 2.0**-24
+    h, w = (np.abs(np.asarray(x)) for x in problem[:2])
+    logit_error = D * u * np.max(h @ w.T)
+    np.testing.assert_allclose(
+        losses, [loss for loss, _, _ in expected], rtol=0, atol=2 * logit_error + 16 * u * 32
+    )
+    for index, other in enumerate((w, h)):
+        wanted = [found[1 + index] for found in expected]
+        wanted = np.concatenate(wanted) if index in cut else sum(wanted)
+        bound = (2 * logit_error + (8 + V) * u) * 2 * np.max(other)
+        np.testing.assert_allclose(gradients[index], wanted, rtol=0, atol=bound)
 
 
 def test_chunks_change_the_order_of_summation_only(problem):

@@ -1,8 +1,10 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowbit_jax.numerics import (
     FP8_E4M3,
@@ -16,17 +18,13 @@ from lowbit_jax.numerics import (
 )
 from lowbit_jax.ops import dispatch
 from lowbit_jax.ops.recipes import RTN_W4A4
+from lowbit_jax.parallel import make_mesh
 from pallas_kernels.compat import mosaic_obstacle
+from pallas_kernels.partition import Partition
 
 A100, ADA, H100, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
 
 needs_mosaic = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosaic_obstacle()))
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """The tests simulate several."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +36,7 @@ def one_device(monkeypatch):
         (FP8_E4M3_TENSOR, FP8_E4M3_TENSOR, None, "dequantize", "no CUDA device"),
         (FP8_E5M2_TENSOR, FP8_E5M2_TENSOR, H100, "dequantize", "e5m2 by e4m3 only"),
         (FP8_E4M3, FP8_E4M3_TENSOR, H100, "dequantize", "one scale a tensor"),
-        (QUEST_INT4, QUEST_INT4, H100, "dequantize", "must be e4m3 or e5m2"),
+        (QUEST_INT4, QUEST_INT4, A100, "dequantize", "must be e4m3 or e5m2"),
         (None, FP8_E4M3_TENSOR, H100, "dequantize", "both operands"),
         (None, None, H100, "dequantize", "plain product"),
         (MXFP4, MXFP4, A100, "dequantize", "capability 9.0, this device has 8.0"),
@@ -54,7 +52,7 @@ def test_path_follows_formats_and_device(a, b, capability, path, reason):
 
 @needs_mosaic
 @pytest.mark.parametrize("spec", [MXFP4, QUEST_MXFP4, QUEST_INT4, RTN_W4A4.y_x], ids=str)
-def test_formats_that_fold_go_through_the_kernels_on_hopper(spec, one_device):
+def test_formats_that_fold_go_through_the_kernels_on_hopper(spec):
     assert dispatch.choose("y", spec, spec, None, H100).path == "hopper"
     assert dispatch.choose("y", spec, spec, None, H100, shape=(16384, 4096, 4096)).path == "hopper"
     # A backward product that is not quantized has no 4-bit operand to multiply exactly.
@@ -73,7 +71,7 @@ def test_formats_that_fold_go_through_the_kernels_on_hopper(spec, one_device):
         ((1000, 960, 992), None),
     ],
 )
-def test_small_and_ragged_products_stay_off_the_kernels(shape, reason, one_device):
+def test_small_and_ragged_products_stay_off_the_kernels(shape, reason):
     plan = dispatch.choose("y", MXFP4, MXFP4, None, H100, shape=shape)
     assert plan.path == ("hopper" if reason is None else "dequantize")
     assert (reason or "") in plan.reason
@@ -86,22 +84,36 @@ def test_small_and_ragged_products_stay_off_the_kernels(shape, reason, one_devic
 
 
 @needs_mosaic
-def test_kernels_are_no_choice_where_jit_may_partition_the_product(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    plan = dispatch.choose("y", MXFP4, MXFP4, None, H100)
-    assert plan.path == "dequantize"
-    assert "over 4 devices, but no kernels; use jax.shard_map" in plan.reason
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    paths = []
+def test_kernels_are_no_choice_where_jit_may_partition_the_product():
+    obstacles = []
 
-    def of_shard(x):
-        paths.append(dispatch.choose("y", MXFP4, MXFP4, None, H100).path)
+    def look(x, partition=None):
+        obstacles.append(dispatch.partition_obstacle({"x": x}, partition, len(x)))
         return x
 
-    one_axis = jax.sharding.PartitionSpec("data")
-    of_shards = jax.shard_map(of_shard, mesh=mesh, in_specs=one_axis, out_specs=one_axis)
-    jax.eval_shape(of_shards, jax.ShapeDtypeStruct((8,), np.float32))
-    assert paths == ["hopper"]
+    mesh = make_mesh(2, 2)
+    over_four = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((1024,), np.float32)
+    # Several devices that nobody uses do not matter; arrays on a mesh do, a context, a constraint.
+    jax.eval_shape(look, x)
+    jax.jit(look).trace(x.update(sharding=over_four))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(look, x)
+    jax.jit(lambda x: look(jax.lax.with_sharding_constraint(x, over_four))).trace(x)
+    jax.eval_shape(functools.partial(look, partition=Partition(mesh, ("data",))), x)
+    jax.eval_shape(
+        functools.partial(look, partition=Partition(mesh, ("data",))), x.update(shape=(640,))
+    )
+    in_parts = {"mesh": mesh, "in_specs": over_four.spec, "out_specs": over_four.spec}
+    jax.eval_shape(jax.shard_map(look, **in_parts), x)
+    jax.eval_shape(jax.shard_map(look, axis_names={"data"}, **in_parts), x)
+    on_four = "over 4 devices, but no kernels; say how the tokens are cut (partition=...)"
+    expected = [None, on_four, on_four, on_four, None, "640 tokens on 2 devices", None, "over 2"]
+    for obstacle, said in zip(obstacles, expected, strict=True):
+        assert obstacle is None if said is None else said in obstacle
+    plan = dispatch.choose("y", MXFP4, MXFP4, None, H100, partition_obstacle=on_four)
+    assert plan.path == "dequantize"
+    assert on_four in plan.reason
 
 
 def test_a_path_asked_for_by_name_is_taken_on_any_device():

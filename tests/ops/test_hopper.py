@@ -171,13 +171,7 @@ def test_kernels_asked_for_by_name_are_refused_where_they_cannot_run():
 
 
 @pytest.fixture
-def one_device(monkeypatch):
-    """However many there are, real or simulated."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-
-
-@pytest.fixture
-def one_hopper(monkeypatch, one_device):
+def one_hopper(monkeypatch):
     """To lower for, which needs no device."""
     monkeypatch.setattr(dispatch, "cuda_capability", lambda: (9, 0))
 
@@ -312,7 +306,7 @@ def test_what_a_checkpoint_drops_is_not_made(one_hopper):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["fp8_tensorwise", "fp8_tensorwise_e4m3"])
-def test_float8_products_are_three_calls_of_cublas_without_a_float32_activation(name, one_device):
+def test_float8_products_are_three_calls_of_cublas_without_a_float32_activation(name):
     if obstacle := hopper_obstacle(dispatch.cuda_capability()):
         pytest.skip(obstacle)
     args = arguments(4096, 1024, 1536)
@@ -332,7 +326,7 @@ def test_float8_products_are_three_calls_of_cublas_without_a_float32_activation(
     [(256, 1024), (2040, 2048), (2048, 2048)],
     ids=["XLA splits the sums", "XLA pads", "one call"],
 )
-def test_cublas_scales_in_float32_and_rounds_once(size, n, one_device):
+def test_cublas_scales_in_float32_and_rounds_once(size, n):
     capability = dispatch.cuda_capability()
     if capability is None or capability < (8, 9):
         pytest.skip("needs FP8 tensor cores")
@@ -365,7 +359,7 @@ def quantize_values_and_scale(w):
         *("quartet2", "quartet2_no46", "quartet2_sr", "nvfp4_nvidia"),
     ],
 )
-def test_every_gradient_of_a_layer_on_the_gpu_is_that_of_the_reference(name, seed, one_device):
+def test_every_gradient_of_a_layer_on_the_gpu_is_that_of_the_reference(name, seed):
     if obstacle := hopper_obstacle(dispatch.cuda_capability()):
         pytest.skip(obstacle)
     recipe = get_recipe(name)

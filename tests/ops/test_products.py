@@ -9,6 +9,8 @@ import pytest
 
 from lowbit_jax.numerics import FP8_E4M3_TENSOR
 from lowbit_jax.ops import dispatch, products
+from lowbit_jax.parallel import make_mesh
+from pallas_kernels.partition import Partition
 
 
 def equations_of(program):
@@ -77,15 +79,15 @@ def test_products_that_jit_may_partition_are_left_to_it(monkeypatch):
     a, b = operand(2048), operand(2048)
     plan, specs = dispatch.Plan("fp8", ""), (FP8_E4M3_TENSOR, FP8_E4M3_TENSOR)
 
-    def precision():
+    def precision(**how):
         run = functools.partial(
-            dispatch.run, "y", plan, specs=specs, compute_dtype=jnp.bfloat16, out_dtype=jnp.bfloat16
-        )
+            dispatch.run, "y", plan, specs=specs, compute_dtype=jnp.bfloat16,
+            out_dtype=jnp.bfloat16, **how,
+        )  # fmt: skip
         equations = equations_of(jax.make_jaxpr(run)(a, b))
         (dot,) = (eqn for eqn in equations if eqn.primitive.name == "dot_general")
         return dot.params["precision"]
 
-    assert jax.device_count() > 1
-    assert precision() is None
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert precision(partition_obstacle="jit may partition") is None
+    assert precision(partition=Partition(make_mesh(2), ("data",))) is not None
     assert precision() is not None

@@ -114,9 +114,15 @@ def test_the_floor_is_the_larger_of_arithmetic_and_memory():
 def test_only_known_devices_have_a_floor():
     assert data_sheet(H100).peak[FP8] == 1978.9e12
     assert data_sheet("NVIDIA H200").bandwidth == 4.8e12
-    others = "H100 PCIe", "H100 80GB HBM3 MIG 1g.10gb", "H200 NVL", "GH200 480GB"
+    assert data_sheet("NVIDIA H100 PCIe").peak[BF16] == 756e12
+    others = "H100", "H100 80GB HBM3 MIG 1g.10gb", "H200 NVL"
     for name in (*(f"NVIDIA {other}" for other in others), "cpu"):
         assert data_sheet(name) is None
+
+
+def test_what_a_device_has_no_unit_for_runs_in_bfloat16():
+    sheet = data_sheet("NVIDIA A100-SXM4-80GB")
+    assert floor_s({BF16: 312e12, FP8: 312e12}, 0, sheet) == 2.0
 
 
 def test_what_follows_from_a_row():
