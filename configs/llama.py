@@ -160,6 +160,7 @@ def get_config(
         recipe_schedule=setup.recipe_schedule,
         quantize_once=quantize_once,
         store=setup.store,
+        clip_norm=setup.clip_norm,
         data=dataset,
         steps=steps,
         batch_size=batch_size,

@@ -1,16 +1,20 @@
 """How fast a device could train if it did nothing but multiply, and what share of that was reached.
 
-The products of a model split by the unit that can do them fastest: those of the blocks in float8,
-if the recipe quantizes them, head and attention in bfloat16. Each part takes its operations over
+The products of a model split by the unit that does them: those of the blocks in float8, as far as
+the recipe quantizes them so, head and attention in bfloat16. Each part takes its operations over
 the peak of its unit, one after the other, for all of them share one tensor core.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
+from lowbit_jax.ops import Explanation
 from pallas_kernels.measurement import BF16, FP8, data_sheet
 
 PARTS = ("blocks", "head", "attention")
+# Paths of `quantized_dot` that multiply in float8 (block-scaled float4 could be faster still).
+_FP8_PATHS = ("fp8", "hopper", "blackwell")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +25,21 @@ class SpeedOfLight:
       flops: Of a token, forward and backward, by part; recomputation counts nothing.
       units: Which unit multiplies, by part: `"bf16"` or `"fp8"`.
       peak: Of the device, dense, FLOP/s by unit.
+      block_share: Of the operations of the blocks, those in their unit; the rest is in bfloat16.
     """
 
     flops: Mapping[str, int | float]
     units: Mapping[str, str]
     peak: Mapping[str, int | float]
+    block_share: float = 1.0
 
     @property
     def token_times_s(self) -> dict[str, float]:
         """Seconds that the products of one token take on one device, by part."""
-        return {part: self.flops[part] / self.peak[self.units[part]] for part in PARTS}
+        times = {part: self.flops[part] / self.peak[self.units[part]] for part in PARTS}
+        rest = self.flops["blocks"] / self.peak[BF16]
+        times["blocks"] = self.block_share * times["blocks"] + (1 - self.block_share) * rest
+        return times
 
     @property
     def tokens_per_s(self) -> float:
@@ -52,9 +61,11 @@ class SpeedOfLight:
         return tokens_per_s * sum(self.flops[part] for part in PARTS) / self.peak[BF16]
 
     def __str__(self) -> str:
-        times = self.token_times_s
+        times, units = self.token_times_s, dict(self.units)
         total = sum(times.values())
-        parts = (f"{part} {times[part] / total:.0%} in {self.units[part]}" for part in PARTS)
+        if self.block_share < 1:
+            units["blocks"] += f" ({self.block_share:.0%} of its operations) and {BF16}"
+        parts = (f"{part} {times[part] / total:.0%} in {units[part]}" for part in PARTS)
         return f"{self.tokens_per_s:,.0f} tokens/s: {', '.join(parts)}"
 
 
@@ -62,6 +73,8 @@ def speed_of_light(
     flops: Mapping[str, int | float],
     device: str | Mapping[str, int | float],
     block_unit: str = BF16,
+    *,
+    block_share: float = 1.0,
 ) -> SpeedOfLight:
     """`1 / (blocks / peak[block_unit] + (head + attention) / peak["bf16"])` tokens a second.
 
@@ -71,9 +84,12 @@ def speed_of_light(
       device: Its kind as JAX names it, or dense peaks in FLOP/s by unit.
       block_unit: `"fp8"` where the three products of the seven matrices run in float8, as 4-bit
         formats do that float8 holds; `"bf16"` otherwise.
+      block_share: Of the operations of the blocks, those in `block_unit`, see `float8_share`; the
+        rest is in bfloat16.
 
     Raises:
-      ValueError: If the device is not known or lacks the unit, or a part is missing.
+      ValueError: If the device is not known or lacks the unit, a part is missing, or the share is
+        no share.
 
     References:
       Schultheis and Alistarh, LLMQ: Efficient Lower-Precision LLM Training for Consumer GPUs,
@@ -84,6 +100,8 @@ def speed_of_light(
         raise ValueError(
             f"speed_of_light: block_unit must be {BF16!r} or {FP8!r}, got {block_unit!r}."
         )
+    if not 0 <= block_share <= 1:
+        raise ValueError(f"speed_of_light: block_share must be in [0, 1], got {block_share}.")
     if set(flops) != set(PARTS):
         raise ValueError(
             f"speed_of_light: flops must have the parts {', '.join(PARTS)}, got"
@@ -104,4 +122,84 @@ def speed_of_light(
             f" {dict(device)}, without {missing[0]!r}; choose a unit that the device has."
         )
     units = dict.fromkeys(PARTS, BF16) | {"blocks": block_unit}
-    return SpeedOfLight(dict(flops), units, dict(device))
+    return SpeedOfLight(dict(flops), units, dict(device), block_share)
+
+
+def float8_share(explanation: Explanation) -> float:
+    """Share of the blocks' operations that a training step does in float8; 0 for none.
+
+    By the paths that its products take: one that multiplies low-bit operands in bfloat16 is held to
+    the speed of bfloat16. The three products of training have a third each, each matrix its part of
+    that, whatever recomputation repeats.
+
+    Args:
+      explanation: Of the step, or of the gradient of a loss.
+    """
+    # By matrix and product: operations, those in float8, and how often it runs.
+    found: dict[tuple[str, str], tuple[float, float, int]] = {}
+    for row in explanation.rows:
+        flops = float(math.prod(row.a_shape) * row.b_shape[-2] * (row.count or 1))
+        total, fast, count = found.get((row.where, row.product), (0.0, 0.0, 0))
+        fast += flops * (row.path in _FP8_PATHS)
+        found[row.where, row.product] = total + flops, fast, count + (row.count or 1)
+    runs: dict[str, int] = {}  # what a matrix runs least often, nobody repeats
+    for (where, _), (_, _, count) in found.items():
+        runs[where] = min(runs.get(where, count), count)
+    shares: dict[str, tuple[float, float]] = {}
+    for (where, product), (total, fast, count) in found.items():
+        once = runs[where] / count
+        so_far = shares.get(product, (0.0, 0.0))
+        shares[product] = so_far[0] + once * total, so_far[1] + once * fast
+    return sum(fast / total for total, fast in shares.values()) / max(len(shares), 1)
+
+
+def run_speed_of_light(
+    flops: Mapping[str, int | float], device_kind: str, explanation: Explanation
+) -> SpeedOfLight | None:
+    """`speed_of_light` of a step on a device, with the units that its products use.
+
+    Args:
+      flops: As for `speed_of_light`.
+      device_kind: As JAX names it.
+      explanation: As for `float8_share`.
+
+    Returns:
+      None for a device without a data sheet.
+    """
+    sheet = data_sheet(device_kind)
+    if sheet is None:
+        return None
+    share = float8_share(explanation)
+    unit = FP8 if share and FP8 in sheet.peak else BF16
+    return speed_of_light(flops, sheet.peak, unit, block_share=share if unit == FP8 else 1.0)
+
+
+def speed_metrics(
+    tokens_per_s: float | None, light: SpeedOfLight | None, devices: int = 1
+) -> dict[str, float]:
+    """`tokens_per_s`, and with it `share_of_light` and `mfu` where the limit is known.
+
+    Args:
+      tokens_per_s: Of all devices; None gives {}.
+      light: Of one device; None where it has no data sheet.
+      devices: How many.
+    """
+    if tokens_per_s is None:
+        return {}
+    if light is None:
+        return {"tokens_per_s": tokens_per_s}
+    rate = tokens_per_s / devices
+    share, mfu = light.share(rate), light.mfu(rate)
+    return {"tokens_per_s": tokens_per_s, "share_of_light": share, "mfu": mfu}
+
+
+def show_speed(
+    tokens_per_s: float, share_of_light: float | None = None, mfu: float | None = None
+) -> str:
+    """The rate, and what is known of how good it is: `"58.9 ktok/s, 57% of light, MFU 57%"`."""
+    parts = [f"{tokens_per_s / 1e3:.1f} ktok/s"]
+    if share_of_light is not None:
+        parts.append(f"{share_of_light:.0%} of light")
+    if mfu is not None:
+        parts.append(f"MFU {mfu:.0%}")
+    return ", ".join(parts)

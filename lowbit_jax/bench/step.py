@@ -14,6 +14,7 @@ from lowbit_jax.models import Llama, LlamaConfig, flops_per_token
 from lowbit_jax.ops import explain
 from lowbit_jax.optim import one_cycle_cosine
 from lowbit_jax.train import StepPlan, TrainState, create_state, loss_function, make_train_step
+from lowbit_jax.train.planning import program_memory
 from lowbit_jax.train.setups import parse_rules, training_setup
 from pallas_kernels.measure import Build, Case, Comparison, Program, tree_bytes
 
@@ -71,7 +72,8 @@ def _build(recipe: str, config: LlamaConfig, make, shapes: dict[str, Any]) -> Bu
     rules = parse_rules(recipe)
     model = Llama(dataclasses.replace(config, recipe_rules=rules))
     optimizer, rate = _optimizer()
-    plan = StepPlan(needs_key=any(r.needs_key for _, r in rules))
+    # Clipped as runs are.
+    plan = StepPlan(needs_key=any(r.needs_key for _, r in rules), clip_norm=1.0)
     step = make_train_step(loss_function(model), optimizer, plan, learning_rate=rate)
     explanation = explain(step, shapes["state"], shapes["batch"])
     batch_size, seq_len = shapes["batch"][0].shape
@@ -96,7 +98,8 @@ def _build(recipe: str, config: LlamaConfig, make, shapes: dict[str, Any]) -> Bu
         after = _device_peak_bytes()
         memory_bytes, source = after, "memory measured"
         if after is None or before is None or after <= before:
-            memory_bytes, source = _allotted_bytes(compiled), "memory by the compiler"
+            memory_bytes = program_memory(compiled).total_bytes
+            source = "memory by the compiler"
         return Program(
             call=call,
             flops=split_flops(total, explanation),
@@ -107,17 +110,6 @@ def _build(recipe: str, config: LlamaConfig, make, shapes: dict[str, Any]) -> Bu
         )
 
     return Build(step.lower(shapes["state"], shapes["batch"]), bind)
-
-
-def _allotted_bytes(compiled: jax.stages.Compiled) -> int:
-    used = compiled.memory_analysis()
-    assert used is not None
-    return (
-        used.argument_size_in_bytes
-        + used.output_size_in_bytes
-        - used.alias_size_in_bytes
-        + used.temp_size_in_bytes
-    )
 
 
 def _device_peak_bytes() -> int | None:

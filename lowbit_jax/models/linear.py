@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lowbit_jax.models.host_memory import OffloadedWeight, fetched
 from lowbit_jax.models.layers import logical_init
 from lowbit_jax.ops import recipes
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ops.quantized_dot import quantized_dots
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
+from pallas_kernels.partition import Partition
 
 RecipeRules = tuple[tuple[str, DotRecipe], ...]
 
@@ -50,7 +52,8 @@ class QuantizedLinear(nn.Module):
     """`y = x weight^T`, or `x weight^T + bias`, the product by `recipe`.
 
     The parameter `weight` `(features, k)` is float32 and starts as `N(0, stddev^2)`, `bias`
-    `(features,)`, never quantized, as zeros. `apply` also takes a `QuantizedWeight` for the weight.
+    `(features,)`, never quantized, as zeros. `apply` also takes a `QuantizedWeight` or an
+    `OffloadedWeight` for the weight, which it fetches from the host's memory if it is there.
 
     Attributes:
       features: Width of the output.
@@ -78,33 +81,29 @@ class QuantizedLinear(nn.Module):
             init = logical_init(nn.initializers.zeros_init(), self.axes[:1])
             bias = self.param("bias", init, shape[:1], jnp.float32)
         weight = self.get_variable("params", "weight")
-        if not isinstance(weight, QuantizedWeight):  # whose parts `param` would compare one by one
+        if isinstance(weight, QuantizedWeight):
+            held = weight.master.shape
+        elif isinstance(weight, OffloadedWeight):
+            held = weight.weight.shape
+        else:  # `param` would compare the parts of the others one by one
             init = logical_init(nn.initializers.normal(self.stddev), self.axes)
-            weight = self.param("weight", init, shape, jnp.float32)
-        elif weight.master.shape != shape:
+            weight, held = self.param("weight", init, shape, jnp.float32), shape
+        if held != shape:
             raise ValueError(
-                f"QuantizedLinear: the weight must be {shape}, got a QuantizedWeight of"
-                f" {weight.master.shape}; initialize the parameters with this very model."
+                f"QuantizedLinear: the weight must be {shape}, got a {type(weight).__name__} of"
+                f" {held}; initialize the parameters with this very model."
             )
-        return weight, bias
+        return fetched(weight), bias
 
-    def matrix(self, k: int) -> Any:
-        """The weight of `parameters`."""
-        return self.parameters(k)[0]
-
-    def add_bias(self, y: Float[Array, "*batch n"], k: int) -> Float[Array, "*batch n"]:
-        """`y + bias` in the dtype of `y`; `y` where there is no bias."""
-        bias = self.parameters(k)[1]
-        return y if bias is None else y + bias.astype(y.dtype)
+    def partition(self) -> Partition | None:
+        """How tokens are cut over a mesh: not known here; what places the model intercepts this."""
+        return None
 
     def __call__(
         self, x: Float[Array, "*batch k"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch n"]:
         """`(*batch, features)` in `x.dtype`; `key` only where the recipe is random."""
-        weights = {"": self.matrix(x.shape[-1])}
-        options = {"implementation": self.implementation, "saved_as": self.saved_as}
-        y = quantized_dots(x, weights, self.recipe, key=key, **options)[""]
-        return self.add_bias(y, x.shape[-1])
+        return multiply_all(x, [self], key=key)[0]
 
 
 def multiply_all(
@@ -115,16 +114,29 @@ def multiply_all(
 ) -> list[Float[Array, "*batch n"]]:
     """What each layer makes of x, which those of one recipe share once it is quantized.
 
-    Call it within the module that owns the layers, of different names.
+    Call it within the module that owns the layers, of different names if there are several.
     """
+    parameters = [layer.parameters(x.shape[-1]) for layer in layers]
+    names = [layer.name if len(layers) > 1 else "" for layer in layers]
     alike = {}
-    for layer in layers:
-        how = layer.recipe, layer.implementation, layer.saved_as
-        alike.setdefault(how, []).append(layer)
+    for name, layer, (weight, _) in zip(names, layers, parameters, strict=True):
+        how = layer.recipe, layer.implementation, layer.saved_as, layer.partition()
+        alike.setdefault(how, {})[name] = weight
     results = {}
-    for index, ((recipe, implementation, saved_as), group) in enumerate(alike.items()):
+    for index, (how, weights) in enumerate(alike.items()):
+        recipe, implementation, saved_as, partition = how
         own_key = jax.random.fold_in(key, index) if index and key is not None else key
-        weights = {layer.name: layer.matrix(x.shape[-1]) for layer in group}
-        options = {"implementation": implementation, "saved_as": saved_as}
-        results |= quantized_dots(x, weights, recipe, key=own_key, **options)
-    return [layer.add_bias(results[layer.name], x.shape[-1]) for layer in layers]
+        results |= quantized_dots(
+            x,
+            weights,
+            recipe,
+            key=own_key,
+            implementation=implementation,
+            partition=partition,
+            saved_as=saved_as,
+        )
+    biases = [bias for _, bias in parameters]
+    return [
+        results[name] if bias is None else results[name] + bias.astype(results[name].dtype)
+        for name, bias in zip(names, biases, strict=True)
+    ]

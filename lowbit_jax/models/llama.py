@@ -19,6 +19,7 @@ from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
+from lowbit_jax.models.host_memory import OffloadedWeight, fetched
 from lowbit_jax.models.layers import RMSNorm, logical_init, rotary_angles, rotate_positions, swiglu
 from lowbit_jax.models.linear import (
     QuantizedLinear,
@@ -71,6 +72,8 @@ class LlamaConfig:
       recompute: What backward computes anew instead of keeping: "none", or flags joined by "+" of
         swiglu, norm, ffn, qkv, att and block, see `models.recompute`.
       loss_chunks: See `ops.cross_entropy.linear_cross_entropy`.
+      offload_residuals: Whether the inputs of blocks wait for the backward pass in the host's
+        memory; what else is kept stays on the device.
 
     Raises:
       ValueError: If the shape is impossible, a name is unknown, or a rule matches nothing.
@@ -93,6 +96,7 @@ class LlamaConfig:
     scan_unroll: int = 1
     recompute: str = "none"
     loss_chunks: int | None = None
+    offload_residuals: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "mlp_width"):
@@ -238,14 +242,15 @@ class Table(nn.Module):
     vocab_size: int
     d_model: int
 
-    def setup(self):
-        """Declares the weight."""
-        init = logical_init(nn.initializers.normal(0.02), ("vocab", "embed"))
-        self.weight = self.param("weight", init, (self.vocab_size, self.d_model), jnp.float32)
-
+    @nn.compact
     def __call__(self):
-        """The weight."""
-        return self.weight
+        """The weight, from the host's memory if it is there."""
+        weight = self.get_variable("params", "weight")
+        if not isinstance(weight, OffloadedWeight):
+            init = logical_init(nn.initializers.normal(0.02), ("vocab", "embed"))
+            shape = (self.vocab_size, self.d_model)
+            weight = self.param("weight", init, shape, jnp.float32)
+        return fetched(weight)
 
 
 class Llama(nn.Module):
@@ -261,7 +266,12 @@ class Llama(nn.Module):
     def setup(self):
         """Declares embedding, scanned blocks, final norm and head."""
         config = self.config
-        block = recomputing(Block, config.recompute, is_unrolled=config.scan_unroll > 1)
+        block = recomputing(
+            Block,
+            config.recompute,
+            is_unrolled=config.scan_unroll > 1,
+            offload_residuals=config.offload_residuals,
+        )
         self.embedding = Table(config.vocab_size, config.d_model)
         self.layers = nn.scan(
             block,
@@ -284,8 +294,8 @@ class Llama(nn.Module):
         Raises:
           ValueError: If `tokens` are no matrix of integers, or a recipe needs a key and got none.
         """
-        hidden = self.hidden_states(tokens)
-        weight = self._head_weight().astype(hidden.dtype)
+        hidden, head = self._hidden_and_head(tokens)
+        weight = head.astype(hidden.dtype)
         precision = "highest" if hidden.dtype == jnp.float32 else None
         return jnp.einsum(
             "btd,vd->btv", hidden, weight, precision=precision, preferred_element_type=jnp.float32
@@ -308,10 +318,10 @@ class Llama(nn.Module):
                 "Llama.loss: inputs and targets must have one shape (b, t), got"
                 f" {inputs.shape} and {targets.shape}; targets are inputs one token later."
             )
-        hidden = self.hidden_states(inputs)
+        hidden, head = self._hidden_and_head(inputs)
         return linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
-            self._head_weight(),
+            head,
             jnp.asarray(targets).reshape(-1),
             chunks=self.config.loss_chunks,
         )
@@ -322,19 +332,25 @@ class Llama(nn.Module):
         Raises:
           ValueError: As `__call__`.
         """
+        return self._hidden_and_head(tokens)[0]
+
+    def _hidden_and_head(self, tokens) -> tuple[Float[Array, "b t d"], Float[Array, "v d"]]:
+        """What the head sees, and its weight: the very array that embeds, if they are tied.
+
+        Fetched from the host's memory by itself it would have a gradient by itself, and their sum
+        would be taken there.
+        """
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "Llama: tokens must be integers (b, t), got"
                 f" {tokens.dtype} {tokens.shape}; add a batch axis or cast to int32."
             )
-        x = jnp.take(self.embedding(), tokens, axis=0).astype(config.dtype)
+        table = self.embedding()
+        x = jnp.take(table, tokens, axis=0).astype(config.dtype)
         rotary = rotary_angles(tokens.shape[1], config.head_dim, config.rope_theta)
         x, _ = self.layers(x, self._layer_keys(), rotary)
-        return self.final_norm(x)
-
-    def _head_weight(self) -> Float[Array, "v d"]:
-        return self.embedding() if self.config.tie_embeddings else self.head()
+        return self.final_norm(x), table if config.tie_embeddings else self.head()
 
     def _layer_keys(self) -> Shaped[Array, "layers ..."] | None:
         """One key a layer if any recipe needs one: the same scanned, unrolled and recomputed."""

@@ -10,7 +10,9 @@ passes, and the scores of attention by XLA. What each flag drops, and what backw
     qkv      query, key and value                the products of q, k and v
     att      the output of attention, and qkv    attention, and the products of q, k and v
     block    all but the input of the block      the forward pass
-    unnamed  what has no name                    what that takes: weights gathered once more
+    weights  operands made of weights            casts of weights, their quantization
+    unnamed  what has no name                    what that takes: weights gathered once more, or
+                                                 fetched from the host's memory
 
 Results are the same bits in float32; in bfloat16 the compiler rounds elsewhere, as it does with
 another number of layers in an iteration of the loop.
@@ -24,10 +26,13 @@ References:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import linen as nn
 
+from lowbit_jax.models.host_memory import HOST
 from lowbit_jax.ops.attention import SAVED_AS as ATTENTION
 
 # Activations of a block in their order: its input, that normalized ("ln1"), what attention takes
@@ -49,6 +54,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "qkv": ("qkv",),
     "att": ("qkv", ATTENTION),
     "block": NAMES,
+    "weights": ("weights",),
     "unnamed": (),
 }
 NONE = "none"
@@ -75,13 +81,21 @@ def dropped_names(recompute: str) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True)
 class KeepNames:
-    """A policy of `jax.checkpoint`: keeps what has one of `names`; plain data, so it compares."""
+    """A policy of `jax.checkpoint`: keeps what has one of `names`; plain data, so it compares.
+
+    Attributes:
+      names: Of what stays on the device.
+      offloaded: Of what waits for the backward pass in the host's memory.
+    """
 
     names: frozenset[str]
+    offloaded: frozenset[str] = frozenset()
 
-    def __call__(self, primitive: Any, *_, **params: Any) -> bool:
-        """Whether the results of an operation are kept."""
+    def __call__(self, primitive: Any, *operands: Any, **params: Any) -> Any:
+        """Whether the results of an operation are kept, and where."""
         if primitive.name == "name":
+            if params["name"] in self.offloaded:
+                return _offload(self.offloaded)(primitive, *operands, **params)
             return params["name"] in self.names
         # cuDNN's forward kernel, whose statistics backward needs and nobody else can name.
         if primitive.name == "dot_product_attention_fwd_wrapper":
@@ -93,12 +107,27 @@ class KeepNames:
                 for equation in params["fwd_jaxpr"].eqns
                 if equation.primitive.name == "name"
             ]
-            return bool(names) and self.names.issuperset(names)
+            return bool(names) and (self.names | self.offloaded).issuperset(names)
         return False
 
 
-def recomputing(block: type[nn.Module], recompute: str, *, is_unrolled: bool) -> type[nn.Module]:
-    """`block` under `jax.checkpoint` with the policy of the flags; itself for "none".
+def _offload(names: frozenset[str]) -> Callable[..., Any]:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=sorted(names),
+        offload_src="device",
+        offload_dst=HOST,
+    )
+
+
+def recomputing(
+    block: type[nn.Module],
+    recompute: str,
+    *,
+    is_unrolled: bool,
+    offload_residuals: bool = False,
+) -> type[nn.Module]:
+    """`block` under `jax.checkpoint` with the policy of the flags; itself if there is none.
 
     Args:
       block: A module whose activations are named.
@@ -106,12 +135,15 @@ def recomputing(block: type[nn.Module], recompute: str, *, is_unrolled: bool) ->
       is_unrolled: Whether blocks follow one another without a loop around each. In a loop the
         compiler cannot merge the recomputation with the original; unrolled it would, so there a
         barrier has to keep them apart.
+      offload_residuals: Whether the input of the block, "resid", is kept in the host's memory;
+        with recompute "none" what has no name is then computed anew.
 
     Raises:
       ValueError: As `dropped_names`.
     """
     dropped = dropped_names(recompute)
-    if recompute == NONE:
+    if recompute == NONE and not offload_residuals:
         return block
-    policy = KeepNames(frozenset(NAMES) - dropped)
+    offloaded = frozenset({"resid"} if offload_residuals else ())
+    policy = KeepNames(frozenset(NAMES) - dropped - offloaded, offloaded)
     return nn.remat(block, prevent_cse=is_unrolled, policy=policy)

@@ -30,6 +30,8 @@ QWEN_SIZES: dict[str, dict[str, Any]] = {
     | {"n_layers": 28, "d_model": 3584, "n_heads": 28, "n_kv_heads": 4, "d_ff": 18944},
     "qwen2.5-14b": _QWEN_LARGE
     | {"n_layers": 48, "d_model": 5120, "n_heads": 40, "n_kv_heads": 8, "d_ff": 13824},
+    "qwen2.5-32b": _QWEN_LARGE
+    | {"n_layers": 64, "d_model": 5120, "n_heads": 40, "n_kv_heads": 8, "d_ff": 27648},
 }
 
 

@@ -47,7 +47,7 @@ def scale_by_adam_low_precision(
     m: str | QuantSpec = "bfloat16",
     v: str = "bfloat16",
     seed: int = 0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """`(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`, the moments stored in few bits.
 
     The step uses the moments before they are rounded; all arithmetic is float32, and so are the
@@ -68,7 +68,8 @@ def scale_by_adam_low_precision(
         block get one scale a row, and scalars stay float32. Stacked leaves are quantized matrix
         by matrix.
       v: How to store the second moment: "float32" or "bfloat16".
-      seed: The key of a step is `fold_in(key(seed), count)`; it is not kept in the state, and a
+      seed: The key of a step is `fold_in(key(seed), count)`, unless `update` is given `key=`, as it
+        is for each layer where layers are updated one by one. No key is kept in the state: a
         resumed run draws the bits of an unbroken one.
 
     Returns:
@@ -99,8 +100,8 @@ def scale_by_adam_low_precision(
 
         return AdamLowPrecisionState(jnp.zeros([], jnp.int32), start(m), start(v))
 
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(updates, state, params=None, *, key=None, **extra_args):
+        del params, extra_args
         gradients = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         new_m = optax.tree.update_moment(gradients, _load(state.m), b1, 1)
@@ -108,11 +109,13 @@ def scale_by_adam_low_precision(
         m_hat = optax.tree.bias_correction(new_m, b1, count)
         v_hat = optax.tree.bias_correction(new_v, b2, count)
         steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), m_hat, v_hat)
-        key_m, key_v = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.count))
+        if key is None:
+            key = jax.random.fold_in(jax.random.key(seed), state.count)
+        key_m, key_v = jax.random.split(key)
         state = AdamLowPrecisionState(count, _store(new_m, m, key_m), _store(new_v, v, key_v))
         return steps, state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def adamw_low_precision(
@@ -127,7 +130,7 @@ def adamw_low_precision(
     m: str | QuantSpec = "bfloat16",
     v: str = "bfloat16",
     seed: int = 0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW over `scale_by_adam_low_precision`; put its updates in place without losing them.
 
     Parameters may be `QTensor`s, with gradients at their values (`dequantize_leaves`). The
@@ -165,10 +168,10 @@ def adamw_low_precision(
     def values(params):  # in float32 for the decay, which float8 leaves could not enter
         return jax.tree.map(lambda p: p.astype(jnp.float32), dequantize_leaves(params))
 
-    def update_fn(updates, state, params=None):
-        return chain.update(updates, state, values(params))
+    def update_fn(updates, state, params=None, **extra_args):
+        return chain.update(updates, state, values(params), **extra_args)
 
-    return optax.GradientTransformation(chain.init, update_fn)
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
 
 
 def _load(moments: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from lowbit_jax.parallel import on_first
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
 from lowbit_jax.train.config import UsageError
 from lowbit_jax.train.run_directory import RunDirectory, versions
@@ -52,8 +53,12 @@ def branch_off(
             f"train: --branch-from {origin} stands after step {step}, and this run has only"
             f" {steps} steps; branch from an earlier checkpoint or take more steps."
         )
-    run.record(branch_step=step)
-    copy_metrics(origin / "metrics.jsonl", run.path / "metrics.jsonl", step)
+
+    def record() -> None:
+        run.record(branch_step=step)
+        copy_metrics(origin / "metrics.jsonl", run.path / "metrics.jsonl", step)
+
+    on_first(record, UsageError, OSError)
     if save:
         save_checkpoint(run.checkpoints, state, {"versions": versions()})
     return state

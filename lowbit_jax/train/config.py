@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import math
 import pathlib
 import re
 import sys
@@ -32,7 +33,7 @@ class Config:
 
     Attributes:
       model: What to train.
-      optimizer: Optax chain, clipping and learning rate included.
+      optimizer: Optax chain, learning rate included.
       learning_rate: The schedule inside `optimizer`, for the records.
       data: Training and validation tokens with their tokenizer.
       steps: Optimizer steps.
@@ -56,6 +57,7 @@ class Config:
         micro-batches and recomputation share the codes. The same values.
       store: From fresh float32 parameters to those that are stored and updated, with `QTensor`s
         for example; None: as they are.
+      clip_norm: Global norm to which gradients are clipped before `optimizer` sees them; None: not.
     """
 
     model: Llama
@@ -79,6 +81,7 @@ class Config:
     recipe_schedule: tuple[tuple[int, RecipeRules], ...] = ()
     quantize_once: bool = False
     store: Callable[[PyTree], PyTree] | None = None
+    clip_norm: float | None = None
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "micro_batches", "eval_interval",
@@ -87,6 +90,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"Config: {name} must be at least 1, got {value}.")
+        if self.clip_norm is not None and not (
+            math.isfinite(self.clip_norm) and self.clip_norm > 0
+        ):
+            raise UsageError(
+                f"Config: clip_norm must be finite and above 0, got {self.clip_norm}; None does not"
+                " clip."
+            )
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"Config: seed must be in [0, 2**32), got {self.seed}.")
         if self.batch_size % self.micro_batches:
@@ -129,7 +139,10 @@ def quantized_weights(model: Llama) -> tuple[tuple[str, DotRecipe], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Options of a run beside its arguments; all but `branch_from` leave what is trained as it is.
+    """Options of a run beside its arguments.
+
+    All but `branch_from` and `gradient_exchange` leave what is trained as it is, but for what
+    `offload` and `memory_plan` say of random bits.
 
     Attributes:
       run_dir: Folder of everything that the run writes. None takes runs/ with the name of the
@@ -151,6 +164,25 @@ class RunOptions:
       zero: What the devices of data and fsdp share: 1, each keeps its part of the optimizer state;
         2, of the gradients as well; 3, of the weights as well, over fsdp (over data where fsdp has
         one device).
+      gradient_exchange: What devices send of their gradients: exact, float32; int8, fp8 or mxfp4,
+        rounded at random without bias; or PATTERN=FORMAT joined by commas, the first that matches
+        the path of a parameter: layers/.*=mxfp4,int8. With --zero 1 alone: each device has all
+        gradients of its tokens before it sends them.
+      offload: What waits in pinned host memory and comes to the device a layer at a time: none, or
+        flags joined by "+" of moments, weights, gradients and residuals (inputs of blocks, kept for
+        the backward pass). A run may go on with other flags; random bits of stochastic rounding in
+        the optimizer are then others.
+      memory_plan: none trains as configured; auto takes the fastest way that fits into the device's
+        memory, and sets recompute, the chunks of the loss and offload, whatever was given for
+        them. A run may go on under another plan: what is trained is the same, up to rounding and,
+        where the optimizer's arrays are offloaded and rounded stochastically, its random bits.
+      memory_gib: Of a device, for the plan; one that does not fit is refused before anything is
+        compiled. None: what the device says that it has.
+      coordinator: host:port of process 0, for a run in several processes: each is started with this
+        command, and gets the devices of all. Under SLURM, Open MPI or Kubernetes none of the three
+        is needed.
+      processes: How many processes there are.
+      process: Which of them this is, from 0.
       sample: Let the trained model continue a prompt, and measure baselines on the same text, at
         the end; a sweep of many runs does without.
     """
@@ -163,6 +195,13 @@ class RunOptions:
     branch_from: str | None = None
     mesh: str = "1x1x1"
     zero: Literal[1, 2, 3] = 1
+    gradient_exchange: str = "exact"
+    offload: str = "none"
+    memory_plan: Literal["none", "auto"] = "none"
+    memory_gib: float | None = None
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
     sample: bool = True
 
 
@@ -190,12 +229,18 @@ class RunIdentity:
         return re.sub(r"[^A-Za-z0-9._=+-]+", "_", name)[:150]
 
 
-def parse_command(arguments: Sequence[str]) -> tuple[Config, RunIdentity, RunOptions]:
+def parse_command(
+    arguments: Sequence[str], prepare: Callable[["RunOptions"], object] = lambda options: None
+) -> tuple[Config, RunIdentity, RunOptions]:
     """Reads `CONFIG.py --knob value ...`; the knobs are the arguments of its `get_config`.
 
     Types, defaults and help texts come from the signature and the docstring of `get_config` and
     from `RunOptions`. `--help` prints them and exits with 0, a flag that does not exist or a
     value of another type prints why and exits with 2.
+
+    Args:
+      arguments: Words of the command line.
+      prepare: Called with the options before the config is built, which may use the devices.
 
     Raises:
       UsageError: If there is no such config, or if `get_config` refuses a value.
@@ -214,6 +259,7 @@ def parse_command(arguments: Sequence[str]) -> tuple[Config, RunIdentity, RunOpt
     defaults = {n: p.default for n, p in inspect.signature(module.get_config).parameters.items()}
     overrides = {name: value for name, value in knobs.items() if value != defaults[name]}
     identity = RunIdentity(path.stem, path.read_text(encoding="utf-8"), knobs, overrides)
+    prepare(options)
     try:
         config = module.get_config(**knobs)
     except (ValueError, OSError) as error:

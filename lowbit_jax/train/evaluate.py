@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -27,10 +28,33 @@ class Evaluation:
     bits_per_byte: float | None
 
 
-def make_evaluate(loss_fn: LossFn) -> Callable[..., Evaluation | None]:
-    """Compiles the loss once; see the returned `evaluate`."""
+def make_evaluate(
+    loss_fn: LossFn,
+    micro_batches: int = 1,
+    cut_batch: Callable[[PyTree], PyTree] = lambda parts: parts,
+) -> Callable[..., Evaluation | None]:
+    """Compiles the loss once; see the returned `evaluate`.
+
+    Args:
+      loss_fn: Mean loss of a batch.
+      micro_batches: Parts into which each batch is cut, one after the other, so that validation
+        needs no more memory than training. Their mean is that of the batch up to the order of sums,
+        and to what a recipe takes of several tokens (a scale of the whole tensor) or draws.
+      cut_batch: Places the parts `(micro_batches, b, t)` on the devices.
+    """
+
     # Validation draws no new bits a step: a fixed key makes its losses comparable.
-    batch_loss = jax.jit(lambda params, batch, key: loss_fn(params, batch, key))
+    @jax.jit
+    def batch_loss(params, batch, key):
+        if micro_batches == 1:
+            return loss_fn(params, batch, key)
+
+        def part_loss(numbered):
+            index, part = numbered
+            return loss_fn(params, part, None if key is None else jax.random.fold_in(key, index))
+
+        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+        return jax.lax.map(part_loss, (jnp.arange(micro_batches), cut_batch(parts))).mean()
 
     def evaluate(
         params: PyTree,
@@ -44,7 +68,8 @@ def make_evaluate(loss_fn: LossFn) -> Callable[..., Evaluation | None]:
 
         Args:
           params: Parameters of the model.
-          batches: `(inputs, targets)`, each `(b, t)` int32, all of one shape.
+          batches: `(inputs, targets)`, each `(b, t)` int32, all of one shape; `b` is a multiple
+            of `micro_batches`.
           tokens_per_byte: Of the validation text, to give bits per byte.
           needs_key: Whether the loss draws random bits; the same ones every time.
           should_stop: Asked before each batch; True gives up and returns None.

@@ -35,6 +35,10 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.number != 0
 
+    def poll(self) -> bool:
+        """Looks whether a stop was asked for; all processes of a program do so equally often."""
+        return bool(self)
+
 
 @contextlib.contextmanager
 def listen_for_signals(

@@ -1,38 +1,39 @@
 """The training loop: data in, checkpoints and records out, exact after any interruption."""
 
 import collections
-import dataclasses
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
-import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from lowbit_jax.data.pipeline import make_batches, validation_batches
-from lowbit_jax.models import Llama, logical_axes
-from lowbit_jax.ops import explain
+from lowbit_jax.analysis.speed_of_light import speed_metrics
 from lowbit_jax.optim import dequantize_leaves
-from lowbit_jax.train.branch import branch_off
-from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
+from lowbit_jax.parallel import is_first, on_each, on_first
+from lowbit_jax.train.checkpoint import save_checkpoint
 from lowbit_jax.train.config import Config, RunIdentity, RunOptions, UsageError, check_data
-from lowbit_jax.train.evaluate import Evaluation, make_evaluate
+from lowbit_jax.train.evaluate import Evaluation
+from lowbit_jax.train.feed import held_out_batches, train_batches
 from lowbit_jax.train.interrupts import Interrupted, StopRequest, listen_for_signals
-from lowbit_jax.train.placement import Placement, make_placement, open_mesh
-from lowbit_jax.train.run_directory import RunDirectory, open_run_directory, versions
-from lowbit_jax.train.state import TrainState, create_state, nonfinite_leaves
-from lowbit_jax.train.step import (
-    Metrics,
-    first_offender,
-    loss_function,
-    make_train_step,
-    step_plan,
+from lowbit_jax.train.phase import Phase
+from lowbit_jax.train.placement import open_mesh
+from lowbit_jax.train.planning import RunPlan, compiled_memory, plan_run
+from lowbit_jax.train.processes import (
+    SharedStopRequest,
+    check_alike,
+    check_mesh,
+    find_finished,
+    open_together,
 )
-from lowbit_jax.train.summary import Summary, describe_model, load_summary, paths_table, summarize
+from lowbit_jax.train.run_directory import RunDirectory, versions
+from lowbit_jax.train.start import initial_state, place_run
+from lowbit_jax.train.state import TrainState, nonfinite_leaves
+from lowbit_jax.train.step import Metrics, first_offender
+from lowbit_jax.train.summary import Summary, summarize
 from lowbit_jax.train.tracking import MetricsLog, Progress, Throughput, read_metrics
 
 # Steps whose metrics may still be on the device: enough to keep its queue filled.
@@ -66,6 +67,9 @@ def train(
     bits: the state comes from the newest undamaged checkpoint, batches and random bits follow
     from seed and step, rows of the metrics file after that step are dropped.
 
+    In several processes (`parallel.join_processes`) all call it alike. Each reads its part of the
+    data, the first one writes and prints, all return and raise the same.
+
     Args:
       config: What to train.
       identity: By which a later run recognises the folder as its own.
@@ -81,84 +85,62 @@ def train(
       Diverged: If a loss or gradient is not finite. The checkpoints are from before.
       Interrupted: On Ctrl-C, on SIGTERM or after `options.stop_after`, the state saved.
     """
-    console = console or Console()
-    check_data(config, needs_validation=options.validate)
+    console = (console or Console()) if is_first() else Console(quiet=True)
+    check_alike(identity, config, options)
+    on_each(lambda: check_data(config, needs_validation=options.validate), UsageError)
     if options.stop_after is not None and options.stop_after < 1:
         raise UsageError(f"train: --stop-after must be at least 1, got {options.stop_after}.")
+    planned = None
+    if options.fresh or not _is_finished(options.run_dir):
+        planned = plan_run(config, options, open_mesh(config, options))
+        config, options = planned.config, planned.options
     mesh = open_mesh(config, options)
-    with open_run_directory(
-        identity,
-        options.run_dir,
-        fresh=options.fresh,
-        branch_from=options.branch_from,
-        warn=lambda text: _say(console, f"warning: {text}"),
+    check_mesh(mesh)
+    with open_together(
+        identity, config, options, warn=lambda text: _say(console, f"warning: {text}")
     ) as run:
-        if (finished := load_summary(run.path)) is not None:
+        if (finished := find_finished(run)) is not None:
             _say(console, f"{run.path} holds this run, finished; pass --fresh to train it anew.")
             return finished
-        run.check_data(config.data.fingerprint)
-        if options.save:
-            run.check_writable()
-        return _Run(config, run, options, console, mesh).train(generate)
-
-
-class _Phase:
-    """A stretch of the run under one set of recipe rules; compiled when first called."""
-
-    def __init__(
-        self, config: Config, start: int, model: Llama, placement: Placement | None = None
-    ):
-        if placement is not None and placement.layout.stage.parameters:
-            model = _regathering(model)
-        self.start, self.model = start, model
-        self.plan = step_plan(config, model)
-        loss_fn = loss_function(model, None if placement is None else placement.layout)
-        self.train_step = make_train_step(
-            loss_fn,
-            config.optimizer,
-            self.plan,
-            learning_rate=config.learning_rate,
-            placement=placement,
-        )
-        self.evaluate = make_evaluate(loss_fn)
+        assert planned is not None  # a folder with a summary holds a finished run
+        return _Run(planned, run, console, mesh).train(generate)
 
 
 class _Run:
     """What the parts of `train` share."""
 
-    def __init__(
-        self,
-        config: Config,
-        run: RunDirectory,
-        options: RunOptions,
-        console: Console,
-        mesh: Mesh | None,
-    ):
-        self.config, self.run, self.options, self.console = config, run, options, console
-        self.placement = None if mesh is None else self.place(mesh)
-        self.phases = [_Phase(config, *phase, self.placement) for phase in config.phases]
+    def __init__(self, planned: RunPlan, run: RunDirectory, console: Console, mesh: Mesh | None):
+        self.planned, self.run, self.console = planned, run, console
+        self.config, self.options = config, options = planned.config, planned.options
+        self.placement = (
+            None
+            if mesh is None
+            else place_run(config, mesh, options.zero, options.offload, options.gradient_exchange)
+        )
+        self.phases = [Phase(config, *phase, self.placement) for phase in config.phases]
         self.values = jax.jit(dequantize_leaves)  # hands on what is no QTensor, without a copy
         # Without text behind the tokens (synthetic data) there are no bits per byte.
         bytes_per_token = config.data.validation.bytes_per_token
         self.tokens_per_byte = 1 / bytes_per_token if bytes_per_token else None
+        self.devices = 1 if mesh is None else mesh.size
         self.throughput = Throughput(config.batch_size * config.seq_len)
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
 
     def train(self, generate: Generate | None) -> Summary:
         config = self.config
-        state = self.initial_state()
+        self.say(f"{self.planned}\n")
+        state = initial_state(config, self.run, self.options, self.phases, self.placement, self.say)
         start = int(state.step)
         progress = Progress(self.console, config.steps, start)
         with (
             listen_for_signals(progress.message, self.console.show_cursor) as stop,
-            MetricsLog(self.run.path, start, warn=self.warn) as self.log,
+            self.open_log(start) as self.log,
             progress as self.progress,
         ):
-            self.validated = {
-                row["step"]
-                for row in read_metrics(self.run.path / "metrics.jsonl")
-                if row["split"] == "validation"
-            }
+            self.validated = set(on_first(self.validated_steps))
+            if jax.process_count() > 1:
+                assert self.placement is not None
+                stop = SharedStopRequest(stop, self.placement.layout.mesh)
             state, final = self.steps(state, stop)
         return summarize(
             config,
@@ -169,84 +151,11 @@ class _Run:
             generate=generate if self.options.sample else None,
             with_baselines=self.options.sample,
             has_checkpoint=self.run.checkpoints.exists(),
-            devices=1 if self.placement is None else self.placement.layout.mesh.size,
+            light=self.phases[-1].light,
+            devices=self.devices,
         )
 
-    def initial_state(self) -> TrainState:
-        """The newest undamaged checkpoint, or freshly drawn weights."""
-        config = self.config
-        # A key that no step has: those are folded with step numbers.
-        key = jax.random.fold_in(jax.random.key(config.seed), 2**32 - 1)
-        # Placed explicitly, as a restored state is: otherwise the step would compile twice. And
-        # each part is drawn where it lies: no device holds a state that is cut as a whole.
-        places = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        if self.placement is not None:
-            places = self.placement.state
-        create = jax.jit(self.create, out_shardings=places)
-        tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), np.int32)
-        try:
-            if self.placement is not None:
-                _say(self.console, f"{self.placement.table}\n")
-            _say(self.console, describe_model(config))
-            shapes = jax.eval_shape(create, key)
-            if self.placement is None:
-                places = jax.tree.map(lambda _: places, shapes)
-            target = jax.tree.map(
-                lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                shapes,
-                places,
-            )
-            for phase in self.phases:
-                traced = phase.train_step.trace(target, (tokens, tokens))  # or a recipe refuses
-                for line in paths_table(explain(traced)):
-                    _say(self.console, line)
-            restored = restore_latest(self.run.checkpoints, target, warn=self.warn)
-            if restored is None and self.options.branch_from is not None:
-                return self.branch(self.options.branch_from, target)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        if restored is None:
-            return create(key)
-        state, _ = restored
-        _say(self.console, f"resuming {self.run.path} after step {int(state.step)}")
-        return state
-
-    def create(self, key: PRNGKeyArray) -> TrainState:
-        """The state before the first step."""
-        config = self.config
-        tokens = np.zeros((1, config.seq_len), np.int32)
-        params = nn.meta.unbox(config.model.init(key, tokens)["params"])
-        return create_state(params, config.optimizer, config.store)
-
-    def place(self, mesh: Mesh) -> Placement:
-        """Where everything lies on several devices."""
-        config, model = self.config, self.config.model.config
-        try:
-            shapes = jax.eval_shape(self.create, jax.random.key(0))
-            return make_placement(
-                shapes,
-                logical_axes(config.model),
-                mesh,
-                self.options.zero,
-                pieces={"heads": model.n_heads, "kv_heads": model.kv_heads},
-                micro_batches=config.micro_batches,
-            )
-        except ValueError as error:  # shapes that a recipe refuses
-            raise UsageError(str(error)) from error
-
-    def branch(self, origin: str, target: TrainState) -> TrainState:
-        state = branch_off(
-            self.run,
-            origin,
-            target,
-            steps=self.config.steps,
-            save=self.options.save,
-            warn=self.warn,
-        )
-        _say(self.console, f"branching off from {origin} after step {int(state.step)}")
-        return state
-
-    def phase(self, done: int) -> _Phase:
+    def phase(self, done: int) -> Phase:
         """The phase of the step that follows `done` steps."""
         return next(phase for phase in reversed(self.phases) if phase.start <= done)
 
@@ -255,10 +164,11 @@ class _Run:
         config, evaluation, stop_after = self.config, None, self.options.stop_after
         done = int(state.step)
         if done < config.steps:
-            batches = self.batches(done)
+            batches = train_batches(config, done, self.place)
             batch = next(batches)
-        saved = done
+        first = saved = done
         while True:
+            stop.poll()
             is_last = done == config.steps
             stops_here = not is_last and stop_after is not None and done >= stop_after
             due_eval = self.options.validate and (is_last or done % config.eval_interval == 0)
@@ -278,8 +188,11 @@ class _Run:
             if is_last:
                 return state, evaluation
             if switches:
-                self.progress.message(f"step {done}: from here on {_recipes(phase.model)}")
+                self.progress.message(f"step {done}: from here on {phase.recipes}")
             state, metrics = phase.train_step(state, batch)
+            if done == first:
+                used = compiled_memory(phase.train_step, state, batch, self.planned)
+                self.progress.message(used)
             for value in (metrics.loss, metrics.grad_norm, metrics.learning_rate):
                 value.copy_to_host_async()
             done += 1
@@ -288,17 +201,10 @@ class _Run:
                 batch = next(batches)  # while the device computes
             self.drain(state, keep=_LAG)
 
-    def batches(self, start: int) -> Iterator[Any]:
-        """Training batches from step `start` on, on the device."""
-        config = self.config
-        for batch in make_batches(
-            config.data.train,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            seed=config.seed,
-            start_step=start,
-        ):
-            yield jax.device_put(tuple(batch), self.placement and self.placement.batch)
+    @property
+    def place(self) -> NamedSharding | None:
+        """Of a batch."""
+        return self.placement and self.placement.batch
 
     def drain(self, state: TrainState, keep: int) -> None:
         """Records steps until only `keep` are on the device; stops at one that is not finite."""
@@ -316,29 +222,25 @@ class _Run:
                     " batch of this step."
                 )
             self.throughput.tick()
-            self.log.write(step, "train", loss=loss, grad_norm=grad_norm, learning_rate=rate)
-            self.progress.update(step, loss, self.throughput.recent())
+            recent = self.throughput.recent()
+            speed = speed_metrics(recent, self.phase(step - 1).light, self.devices)
+            norms = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+            if self.log is not None:
+                self.log.write(step, "train", **norms, **speed)
+            self.progress.update(step, loss, recent, speed)
 
     def validate(
         self, state: TrainState, step: int, stop: StopRequest, *, whole: bool
     ) -> Evaluation | None:
         """Validation loss, recorded; None if a signal came in between."""
         config, phase = self.config, self.phase(max(step - 1, 0))
-        batches: Iterable[Any] = validation_batches(
-            config.data.validation,
-            batch_size=config.batch_size,
-            seq_len=config.seq_len,
-            max_batches=config.final_eval_batches if whole else config.eval_batches,
-        )
-        if self.placement is not None:
-            place = self.placement.batch
-            batches = (jax.device_put(tuple(batch), place) for batch in batches)
+        count = config.final_eval_batches if whole else config.eval_batches
         evaluation = phase.evaluate(
             self.values(state.params),
-            batches,
+            held_out_batches(config, count, self.place),
             tokens_per_byte=self.tokens_per_byte,
             needs_key=phase.plan.needs_key,
-            should_stop=lambda: bool(stop),
+            should_stop=stop.poll,
         )
         self.throughput.pause()
         if evaluation is not None and not math.isfinite(evaluation.loss):
@@ -347,7 +249,7 @@ class _Run:
                 f" bad parameters: {nonfinite_leaves(state.params)[:3]}; the checkpoints in"
                 f" {self.run.checkpoints} are from before."
             )
-        if evaluation is not None and step not in self.validated:
+        if evaluation is not None and step not in self.validated and self.log is not None:
             self.log.write(
                 step,
                 "validation",
@@ -361,8 +263,7 @@ class _Run:
     def save(self, state: TrainState) -> None:
         """Writes a checkpoint, unless the last update has made the state not finite."""
         metadata = {"versions": versions()}
-        self.run.check_lock()
-        self.log.sync()  # a checkpoint is no older than the rows that go with it
+        on_first(self.before_save, UsageError, OSError)
         try:
             save_checkpoint(
                 self.run.checkpoints, state, metadata, keep=self.config.keep_checkpoints
@@ -370,6 +271,20 @@ class _Run:
         except ValueError as error:
             raise Diverged(f"train: {error}") from error
         self.throughput.pause()
+
+    def open_log(self, start: int) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        if not is_first():
+            return contextlib.nullcontext()
+        return MetricsLog(self.run.path, start, warn=self.warn)
+
+    def before_save(self) -> None:
+        self.run.check_lock()
+        if self.log is not None:
+            self.log.sync()  # a checkpoint is no older than the rows that go with it
+
+    def validated_steps(self) -> list[int]:
+        rows = read_metrics(self.run.path / "metrics.jsonl")
+        return [row["step"] for row in rows if row["split"] == "validation"]
 
     def farewell(self, step: int, stop: StopRequest) -> str:
         if not self.options.save:
@@ -383,23 +298,18 @@ class _Run:
             return "stopped before the first step; the same command starts again"
         return f"stopped after step {step}, saved in {self.run.path}; the same command resumes"
 
+    def say(self, text: str) -> None:
+        _say(self.console, text)
+
     def warn(self, text: str) -> None:
-        _say(self.console, f"warning: {text}")
+        self.say(f"warning: {text}")
 
 
-def _regathering(model: Llama) -> Llama:
-    """The model that gathers cut weights once more for its backward pass.
-
-    Without recomputation a loop over layers would keep the gathered weights of all of them.
-    """
-    if model.config.recompute != "none":
-        return model
-    return Llama(dataclasses.replace(model.config, recompute="unnamed"))
-
-
-def _recipes(model: Llama) -> str:
-    """`pattern=recipe` of each rule, as the configs take them."""
-    return ", ".join(f"{pattern}={recipe}" for pattern, recipe in model.config.recipe_rules)
+def _is_finished(run_dir: str | None) -> bool:
+    """Whether the folder holds a finished run, of which no plan is needed any more."""
+    if run_dir is None:  # another folder is taken then
+        return False
+    return on_first(lambda: (pathlib.Path(run_dir) / "summary.json").exists())
 
 
 def _say(console: Console, text: str) -> None:

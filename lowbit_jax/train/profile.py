@@ -14,7 +14,7 @@ from lowbit_jax.analysis.kernel_times import KernelTime, kernel_times, operation
 from lowbit_jax.train.config import Config
 from lowbit_jax.train.state import create_state
 from lowbit_jax.train.step import loss_function, make_train_step, step_plan
-from lowbit_jax.train.tracking import peak_flops
+from pallas_kernels.measurement import BF16, data_sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +94,11 @@ def profile_step(config: Config, *, steps: int = 40, traced_steps: int = 2) -> S
         with jax.profiler.trace(folder):
             take(state, traced_steps)
         rows = kernel_times(pathlib.Path(folder), operation_names(compiled.as_text()))
-    peak = peak_flops(jax.devices()[0].device_kind)
+    sheet = data_sheet(jax.devices()[0].device_kind)
     count = config.batch_size * config.seq_len
     mfu = None
-    if peak and config.flops_per_token:
-        mfu = config.flops_per_token * count / statistics.median(times_s) / peak
+    if sheet is not None and config.flops_per_token:
+        mfu = config.flops_per_token * count / statistics.median(times_s) / sheet.peak[BF16]
     return StepProfile(
         device=jax.devices()[0].device_kind,
         tokens=count,

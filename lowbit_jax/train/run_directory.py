@@ -25,8 +25,8 @@ _OUTPUTS = ("summary.json", "checkpoints", "metrics.jsonl", "tensorboard", "loss
 class RunDirectory:
     """An opened, locked run folder; `close` releases it, as does the end of the process."""
 
-    def __init__(self, path: pathlib.Path, lock: RunLock):
-        """Use `open_run_directory`."""
+    def __init__(self, path: pathlib.Path, lock: RunLock | None):
+        """Use `open_run_directory`; of several processes one has the lock, the others None."""
         self.path, self._lock = path, lock
 
     @property
@@ -75,11 +75,22 @@ class RunDirectory:
 
     def check_lock(self) -> None:
         """Raises a UsageError if another process has taken the folder over; see `RunLock`."""
-        self._lock.check()
+        if self._lock is not None:
+            self._lock.check()
+
+    @property
+    def mark(self) -> str | None:
+        """What the process with the lock has written into it, without the count of its beats."""
+        try:
+            text = (self.path / ".lock").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        return text.rpartition(" ")[0]
 
     def close(self) -> None:
         """Releases the lock."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> "RunDirectory":
         return self

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from lowbit_jax.train.config import UsageError
 
+_BOOT_ID = pathlib.Path("/proc/sys/kernel/random/boot_id")
 _BEAT_S = 5.0
 # Four times as long: a network file system shows a change some seconds late.
 _WATCH_S = 20.0
@@ -24,8 +25,9 @@ class RunLock:
     GPFS, Lustre with `flock`), `flock` decides alone, and a kill releases it. Others keep them for
     each host by itself (BeeGFS, Lustre with `localflock`, NFS with `local_lock`). So the holder
     also writes a sign of life into the file, and removes it when it leaves. A process that finds
-    one of another host, and the lock free, watches it: if it changes, somebody lives there; if it
-    does not, a kill has left it. Nothing compares clocks.
+    one of another machine, and the lock free, watches it: if it changes, somebody lives there; if
+    it does not, a kill has left it. Nothing compares clocks, and a machine is known by what its
+    kernel drew when it started: hosts and containers may share names.
 
     Two hosts that start in the same second see no sign of each other. The last one to write has
     the folder, and the other finds out in `check`, before it writes a checkpoint. That also stops
@@ -40,8 +42,7 @@ class RunLock:
           OSError: If the file cannot be written.
         """
         self.folder, self._path = folder, folder / ".lock"
-        # The last part tells machines of one name apart.
-        self._mark = f"pid {os.getpid()} on {platform.node()} {uuid.uuid4().hex[:8]}"
+        self.mark = f"pid {os.getpid()} on {platform.node()} {_machine()} {uuid.uuid4().hex[:8]}"
         self._released = threading.Event()
         self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", 0)
         try:
@@ -56,7 +57,7 @@ class RunLock:
     def check(self) -> None:
         """Raises a UsageError if another process has taken the folder over."""
         holder = self._read()
-        if holder is not None and not holder.startswith(self._mark):
+        if holder is not None and not holder.startswith(self.mark):
             raise UsageError(
                 f"run directory: another process ({_name(holder)}) has taken {self.folder} over;"
                 " this one ends without saving. Let one of them train, or give this one another"
@@ -69,7 +70,7 @@ class RunLock:
         self._thread.join()
         if not self._file.closed:
             with contextlib.suppress(OSError):
-                if (self._read() or "").startswith(self._mark):
+                if (self._read() or "").startswith(self.mark):
                     self._file.truncate(0)
             self._file.close()
 
@@ -85,11 +86,11 @@ class RunLock:
                 " with locks (Lustre: -o flock)."
             ) from error
         found = self._read()
-        if not found or _name(found).endswith(f" on {platform.node()}"):
+        if not found or found.split()[4:5] == [_machine()]:
             return  # released, or left by a kill on this machine, where `flock` cannot err
         warn(
-            f"{self.folder} was left locked by {_name(found)}; watching {_WATCH_S:.0f} s for a sign"
-            " of life"
+            f"{self.folder} was left locked by {_name(found)}, killed or still alive; watching"
+            f" {_WATCH_S:.0f} s for a sign of life, then going on without it"
         )
         give_up = time.monotonic() + _WATCH_S
         while time.monotonic() < give_up:
@@ -111,7 +112,7 @@ class RunLock:
             return None  # removed by hand
 
     def _write(self, beat: int) -> None:
-        said = f"{self._mark} {beat}\n".encode()
+        said = f"{self.mark} {beat}\n".encode()
         os.pwrite(self._file.fileno(), said, 0)  # first: empty would mean released
         self._file.truncate(len(said))
 
@@ -120,9 +121,17 @@ class RunLock:
         while not self._released.wait(_BEAT_S):
             beat += 1
             with contextlib.suppress(OSError):  # a full disk is for others to tell
-                if not (self._read() or "").startswith(self._mark):
+                if not (self._read() or "").startswith(self.mark):
                     return  # taken over, or removed: `check` tells
                 self._write(beat)
+
+
+def _machine() -> str:
+    """What no two machines share, nor one before and after a restart; the same in containers."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:  # not Linux, or hidden
+        return platform.node()
 
 
 def _name(content: str | None) -> str:

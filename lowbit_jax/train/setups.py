@@ -45,14 +45,16 @@ class Setup:
     Attributes:
       recipe_rules: For `LlamaConfig`.
       recipe_schedule: For `Config`, like the two that follow.
-      optimizer: The chain, clipping and learning rate included.
+      optimizer: The chain, learning rate included. It does not clip: pass `clip_norm` on as well.
       store: From fresh float32 parameters to those that are stored; None: as they are.
+      clip_norm: Global norm to which the step clips gradients.
     """
 
     recipe_rules: RecipeRules
     recipe_schedule: RecipeSchedule
     optimizer: optax.GradientTransformation
     store: Callable[[PyTree], PyTree] | None
+    clip_norm: float
 
 
 def training_setup(
@@ -73,9 +75,10 @@ def training_setup(
 ) -> Setup:
     """Recipes, optimizer and storage for a `Llama`.
 
-    "adamw" clips gradients at norm 1 and decays the seven matrices of the blocks, with CAGE's
-    correction before the learning rate: `optim.cage`, but with a projection for each recipe that
-    the matrices have at the end of the run. "eco" and "naive" keep those matrices as codes alone.
+    Gradients are to be clipped at norm 1, by the step (`Config.clip_norm`). "adamw" decays the
+    seven matrices of the blocks, with CAGE's correction before the learning rate: `optim.cage`, but
+    with a projection for each recipe that the matrices have at the end of the run. "eco" and
+    "naive" keep those matrices as codes alone.
 
     Args:
       learning_rate: Function of the updates already applied.
@@ -130,13 +133,12 @@ def training_setup(
             for projection, mask in _projections(last_rules, is_silent=not cage_total_strength)
         ]
         chain = optax.chain(
-            optax.clip_by_global_norm(_MAX_GRAD_NORM),
             _scale_by_adam(moments, param_dtype, seed),
             optax.add_decayed_weights(weight_decay, _matrices()),
             *corrections,
             optax.scale_by_learning_rate(learning_rate),
         )
-        return Setup(in_force, schedule, chain, cast)
+        return Setup(in_force, schedule, chain, cast, _MAX_GRAD_NORM)
     _check_eco(all_rules, cage_total_strength, moments)
     spec = _weight_spec(weights or "fp8", weight_rounding or "stochastic")
     chain = eco(
@@ -148,7 +150,6 @@ def training_setup(
         weight_decay=weight_decay,
         decay_mask=_matrices(),
         mask=_matrices(),
-        max_grad_norm=_MAX_GRAD_NORM,
         inject=optimizer == "eco",
         moment_dtype=jnp.dtype(moments),
         seed=seed,
@@ -160,7 +161,7 @@ def training_setup(
         stored = quantize_leaves(params, nearest, _matrices())
         return stored if cast is None else cast(stored)
 
-    return Setup(in_force, schedule, chain, store)
+    return Setup(in_force, schedule, chain, store, _MAX_GRAD_NORM)
 
 
 def parse_rules(recipe: str, rules: Sequence[str] = ()) -> RecipeRules:

@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
+
+from lowbit_jax.models.host_memory import is_on_host
+from lowbit_jax.train.streaming import count_slices, over_slices
 
 
 class TrainState(NamedTuple):
@@ -53,11 +57,16 @@ def nonfinite_leaves(tree: PyTree) -> list[str]:
     floating = {
         path: leaf for path, leaf in leaf_paths(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-    finite = jax.device_get(_are_finite(list(floating.values())))
+    leaves = list(floating.values())
+    parts = tuple(count_slices(x.shape, x.sharding) if is_on_host(x) else 1 for x in leaves)
+    finite = jax.device_get(_are_finite(leaves, parts))
     return [path for path, ok in zip(floating, finite, strict=True) if not ok]
 
 
-@jax.jit
-def _are_finite(leaves: list[Array]) -> list[Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def _are_finite(leaves: list[Array], parts: tuple[int, ...]) -> list[Array]:
     """One program for all: on several devices each operation by itself would be one."""
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
+    return [
+        over_slices(lambda x: jnp.isfinite(x).all(), leaf, slices).all()
+        for leaf, slices in zip(leaves, parts, strict=True)
+    ]

@@ -1,5 +1,7 @@
 """One optimizer step as a single compiled function."""
 
+import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +15,29 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lowbit_jax.models import Llama
+from lowbit_jax.models.host_memory import is_on_host
 from lowbit_jax.ops.recipes import DotRecipe
 from lowbit_jax.optim import apply_updates_low_precision, dequantize_leaves, match_paths
 from lowbit_jax.optim.quartet import attach_quantized, quantize_params, quartet_gradients
 from lowbit_jax.parallel import Layout, constrain
 from lowbit_jax.train.config import Config, quantized_weights
+from lowbit_jax.train.offload import (
+    check_quantized_once,
+    offload_flags,
+    offloaded_value_and_grad,
+)
 from lowbit_jax.train.placement import Placement, placed_use
+from lowbit_jax.train.sliceable import check_sliceable
 from lowbit_jax.train.state import TrainState, leaf_paths
+from lowbit_jax.train.streaming import (
+    Group,
+    Streams,
+    add,
+    host_zeros,
+    leaf_squares,
+    make_groups,
+    streamed_update,
+)
 
 # (params, (inputs, targets), key or None) -> mean loss over the batch, scalar float32
 LossFn = Callable[[PyTree, Any, PRNGKeyArray | None], Float[Array, ""]]
@@ -27,7 +45,9 @@ LossFn = Callable[[PyTree, Any, PRNGKeyArray | None], Float[Array, ""]]
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How a step is computed; none of it changes what is computed, but for rounding.
+    """How a step is computed.
+
+    `clip_norm` changes what is computed, all else rounding and random bits alone.
 
     Attributes:
       micro_batches: Parts into which the batch is cut; gradients accumulate in float32.
@@ -36,6 +56,8 @@ class StepPlan:
       weights_once: Paths of the weights that are quantized once a step, outside the loss, with
         their recipes; the loss must take `QuantizedWeight`s there. Empty: in the layers.
       stacked: Top-level parameter key whose leaves stack the layers along their first axis.
+      clip_norm: Global norm to which gradients are clipped before the optimizer sees them; None:
+        not clipped.
     """
 
     micro_batches: int = 1
@@ -43,6 +65,18 @@ class StepPlan:
     needs_key: bool = False
     weights_once: tuple[tuple[str, DotRecipe], ...] = ()
     stacked: str = "layers"
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        if self.micro_batches < 1:
+            raise ValueError(
+                f"StepPlan: micro_batches must be at least 1, got {self.micro_batches}."
+            )
+        norm = self.clip_norm
+        if norm is not None and not (math.isfinite(norm) and norm > 0):
+            raise ValueError(
+                f"StepPlan: clip_norm must be finite and above 0, got {norm}; None does not clip."
+            )
 
 
 class Metrics(NamedTuple):
@@ -61,11 +95,12 @@ def loss_function(model: nn.Module, layout: Layout | None = None) -> LossFn:
       model: Module with a method `loss(inputs, targets)`.
       layout: Of a run on several devices, see `placed_use`.
     """
+    dtype = model.config.dtype if isinstance(model, Llama) else None
 
     def loss_fn(params, batch, key):
         inputs, targets = batch
         rngs = None if key is None else {"quantize": key}
-        with placed_use(layout):
+        with placed_use(layout, dtype):
             loss = model.apply({"params": params}, inputs, targets, method="loss", rngs=rngs)
         return jnp.asarray(loss)
 
@@ -79,6 +114,7 @@ def step_plan(config: Config, model: Llama) -> StepPlan:
         config.seed,
         needs_key=any(recipe.needs_key for _, recipe in model.config.recipe_rules),
         weights_once=quantized_weights(model) if config.quantize_once else (),
+        clip_norm=config.clip_norm,
     )
 
 
@@ -101,29 +137,35 @@ def make_train_step(
 
     Args:
       model: Module with a method `loss(inputs, targets)`, or a loss function.
-      tx: Gradient clipping, if wanted, is part of it.
+      tx: The optimizer; clipping by the global norm is better left to `plan.clip_norm`.
       plan: See `StepPlan`. Where a quantizer's scale spans several tokens (per-tensor scales),
         cutting the batch also changes those scales.
       learning_rate: Schedule, for the metrics only.
-      placement: Of state, batch and gradients on several devices; None: where the arguments are.
+      placement: Of state, batch and gradients on several devices, or in the host's memory; None:
+        where the arguments are.
 
     Returns:
       Function of the state, which is donated, and `(inputs, targets)`, each `(b, t)` int32.
 
     Raises:
-      ValueError: While tracing, if `b` is not a multiple of `micro_batches`.
+      ValueError: If `placement` offloads weights or gradients and `plan` has `weights_once`. While
+        tracing, if `b` is not a multiple of `micro_batches`, or `placement` offloads and the
+        optimizer cannot work slice by slice (`check_sliceable`).
     """
     layout = None if placement is None else placement.layout
     loss_fn = loss_function(model, layout) if isinstance(model, nn.Module) else model
-    if plan.micro_batches < 1:
-        raise ValueError(
-            f"make_train_step: micro_batches must be at least 1, got {plan.micro_batches}."
-        )
-
+    offload = "none" if placement is None else placement.offload
+    flags = offload_flags(offload)
+    if plan.weights_once:
+        check_quantized_once(offload)
+    streams = bool(flags & {"moments", "weights", "gradients"})
     groups = _groups(plan.weights_once)
     gradient_places = None if placement is None else placement.gradients
 
     def loss_and_gradient(params, batch, key):
+        if streams and not groups:
+            value_and_grad = offloaded_value_and_grad(loss_fn, offload, plan.stacked)
+            return sum_over_parts(value_and_grad, params, batch, key)
         if not groups:
             return mean_over_parts(jax.value_and_grad(loss_fn), params, batch, key)
         # A key that no micro-batch has.
@@ -141,47 +183,100 @@ def make_train_step(
         return loss, grads
 
     def mean_over_parts(value_and_grad, params, batch, key):
+        loss, total = sum_over_parts(value_and_grad, params, batch, key)
+        if plan.micro_batches == 1:
+            return loss, total
+        grads = jax.tree.map(lambda s: s / plan.micro_batches, total)
+        return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+    def sum_over_parts(value_and_grad, params, batch, key):
+        """Mean loss; the gradient, or of several micro-batches the sum of theirs in float32."""
         if plan.micro_batches == 1:
             return value_and_grad(params, batch, key)
 
         def accumulate(total, numbered):
             index, part = numbered
             part_key = None if key is None else jax.random.fold_in(key, index)
-            value = value_and_grad(params, part, part_key)
-            loss, grads = jax.tree.map(lambda s, v: s + v.astype(s.dtype), total, value)
-            return (loss, constrain(grads, gradient_places)), None
+            value, grads = value_and_grad(params, part, part_key)
+            return (total[0] + value, placed(add(total[1], grads, slices))), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        zeros = (jnp.zeros(()), constrain(zeros, gradient_places))
-        parts = jax.tree.map(lambda x: _cut(x, plan.micro_batches), batch)
+        def placed(sums):
+            if gradient_places is None:
+                return sums
+            return jax.tree.map(
+                lambda s, place: s if is_on_host(s) else constrain(s, place), sums, gradient_places
+            )
+
+        slices = make_groups(params, plan.stacked, gradient_places) if streams else ()
+        parts = jax.tree.map(lambda x: _cut_batch(x, plan.micro_batches), batch)
         if placement is not None:
             parts = placement.cut_batch(parts)
+        if "gradients" in flags:
+            zeros = host_zeros(params, slices, plan.stacked)
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = (jnp.zeros(()), placed(zeros))
         total, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(plan.micro_batches), parts))
         # Said of the result, too: the loop would else carry its sums as the optimizer wants them.
-        total = total[0], constrain(total[1], gradient_places)
-        loss, grads = jax.tree.map(lambda s: s / plan.micro_batches, total)
-        return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return total[0] / plan.micro_batches, placed(total[1])
 
-    def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
-        loss, grads = loss_and_gradient(
-            dequantize_leaves(state.params), batch, key if plan.needs_key else None
-        )
+    def clipped(g, grad_norm):
+        """As `optax.clip_by_global_norm`."""
+        if plan.clip_norm is None:
+            return g
+        scaled = (g / grad_norm.astype(g.dtype)) * plan.clip_norm
+        return jnp.where(grad_norm < plan.clip_norm, g, scaled)
+
+    def whole(state, loss, grads, key):
         stored = state.params
         if placement is not None:  # from here on each device has its part of the optimizer's work
             grads, stored = constrain((grads, stored), (placement.updates, placement.params))
-        squares = _leaf_squares(grads, plan.stacked)
-        grad_norm = jnp.sqrt(sum(jnp.sum(s) for s in jax.tree.leaves(squares)))
+        squares = leaf_squares(grads, (), plan.stacked)
+        grad_norm = _global_norm(squares)
+        grads = jax.tree.map(lambda g: clipped(g, grad_norm), grads)
         updates, opt_state = tx.update(grads, state.opt_state, stored)
-        params = apply_updates_low_precision(
-            stored, updates, key=jax.random.fold_in(key, 2**32 - 2)
-        )
+        params = apply_updates_low_precision(stored, updates, key=key)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old),
             (params, opt_state),
             (stored, state.opt_state),
         )
+        return squares, grad_norm, params, opt_state
+
+    def streamed(state, loss, grads, key):
+        assert placement is not None
+        slices = make_groups(state.params, plan.stacked, placement.updates)
+        streams = Streams(state.params, state.opt_state, grads)
+        check_sliceable(tx, streams, slices, offload)
+        dtypes = dict(leaf_paths(jax.eval_shape(dequantize_leaves, state.params)))
+
+        def mean(path, g):
+            if plan.micro_batches == 1 or groups:  # it is one already
+                return g
+            return (g / plan.micro_batches).astype(dtypes[path].dtype)
+
+        squares = leaf_squares(grads, slices, plan.stacked, mean)
+        grad_norm = _global_norm(squares)
+        params, opt_state = streamed_update(
+            tx,
+            streams,
+            slices,
+            key=key,
+            ok=jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            finish=lambda path, g: clipped(mean(path, g), grad_norm),
+            places=Streams(placement.state.params, placement.state.opt_state, placement.updates),
+        )
+        return squares, grad_norm, params, opt_state
+
+    def train_step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
+        loss, grads = loss_and_gradient(
+            dequantize_leaves(state.params), batch, key if plan.needs_key else None
+        )
+        update_key = jax.random.fold_in(key, 2**32 - 2)
+        update = streamed if streams else whole
+        squares, grad_norm, params, opt_state = update(state, loss, grads, update_key)
         rate = jnp.float32(jnp.nan if learning_rate is None else learning_rate(state.step))
         metrics = Metrics(loss, grad_norm, jax.tree.map(jnp.sqrt, squares), rate)
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -208,7 +303,10 @@ def first_offender(metrics: Metrics, params: PyTree, plan: StepPlan = StepPlan()
       params: As they were before that step.
       plan: The step's plan.
     """
-    norms = jax.device_get(_leaf_norms(dequantize_leaves(params), plan.stacked))
+    values = dequantize_leaves(params)
+    places = jax.tree.map(lambda x: x.sharding, values)
+    groups = make_groups(values, plan.stacked, places)
+    norms = jax.device_get(_leaf_norms(values, groups, plan.stacked))
     bad_params = _nonfinite(norms)
     bad_grads = _nonfinite(jax.device_get(metrics.leaf_norms))
     if bad_params:
@@ -245,20 +343,16 @@ def _nonfinite(norms: PyTree) -> list[tuple[str, tuple[int, int]]]:
     return found
 
 
-def _leaf_squares(tree: PyTree, stacked: str) -> PyTree:
-    def square(path, leaf):
-        first = jax.tree_util.keystr(path[:1], simple=True)
-        axes = tuple(range(1, leaf.ndim)) if first == stacked and leaf.ndim else None
-        return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes)
-
-    return jax.tree_util.tree_map_with_path(square, tree)
+def _global_norm(squares: PyTree) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(s) for s in jax.tree.leaves(squares)))
 
 
-def _leaf_norms(tree: PyTree, stacked: str) -> PyTree:
-    return jax.tree.map(jnp.sqrt, _leaf_squares(tree, stacked))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _leaf_norms(tree: PyTree, groups: tuple[Group, ...], stacked: str) -> PyTree:
+    return jax.tree.map(jnp.sqrt, leaf_squares(tree, groups, stacked))
 
 
-def _cut(x: Array, parts: int) -> Array:
+def _cut_batch(x: Array, parts: int) -> Array:
     if x.shape[0] % parts:
         raise ValueError(
             f"make_train_step: the batch must be a multiple of micro_batches={parts}, got"

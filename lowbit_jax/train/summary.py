@@ -13,16 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from lowbit_jax.analysis.speed_of_light import SpeedOfLight, show_speed, speed_metrics
 from lowbit_jax.analysis.text_baselines import text_baselines
 from lowbit_jax.models import Llama, count_params, recipe_table
 from lowbit_jax.ops import Explanation
 from lowbit_jax.ops.dot_recipe import PRODUCTS, DotRecipe
 from lowbit_jax.ops.recipes import weight_projection
+from lowbit_jax.parallel import on_first
 from lowbit_jax.train.checkpoint import write_atomically
 from lowbit_jax.train.config import Config
 from lowbit_jax.train.evaluate import Evaluation
 from lowbit_jax.train.state import leaf_paths
-from lowbit_jax.train.tracking import peak_flops, plot_loss
+from lowbit_jax.train.streaming import over_slices
+from lowbit_jax.train.tracking import plot_loss
 
 # xz needs a second for 1 MiB; the end of the training split says as much as all of it.
 _BASELINE_BYTES = 2**22
@@ -45,6 +48,8 @@ class Summary:
         none.
       tokens_per_s: Median over the steps of this process; None if it took too few.
       mfu: Model FLOP utilization, against the device's dense bfloat16 peak; None without one.
+      share_of_light: `tokens_per_s` over what the devices would do that only multiply, see
+        `analysis.speed_of_light`; None without a data sheet.
       device: Its kind.
       sample_prompt: Text that the model was given.
       sample: What it made of it; None without a generator.
@@ -68,6 +73,7 @@ class Summary:
     sample: str | None
     files: dict[str, str]
     corpus: str = ""
+    share_of_light: float | None = None
 
     def __str__(self) -> str:
         lines = []
@@ -80,8 +86,8 @@ class Summary:
             lines += ["sample:", f"  {shown}", ""]
         lines.append(f"{self.train_tokens:,} tokens in {self.steps:,} steps on {self.device}")
         if self.tokens_per_s is not None:
-            mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
-            lines.append(f"speed               {self.tokens_per_s / 1e3:.1f} ktok/s (median){mfu}")
+            speed = show_speed(self.tokens_per_s, self.share_of_light, self.mfu)
+            lines.append(f"speed               {speed} (median)")
         if self.quantization_error is not None:
             lines.append(
                 f"quantization error  rms(w - Q(w)) / rms(w) = {self.quantization_error:.4f}"
@@ -176,9 +182,13 @@ def summarize(
     generate: Callable[..., Any] | None,
     with_baselines: bool,
     has_checkpoint: bool,
+    light: SpeedOfLight | None = None,
     devices: int = 1,
 ) -> Summary:
     """Measures what is left to measure, writes sample, plot and `summary.json`.
+
+    Of several processes the first one writes and measures the baselines, while the others wait;
+    all take part in what the devices measure.
 
     Args:
       config: Of the run.
@@ -189,25 +199,31 @@ def summarize(
       generate: See `train`.
       with_baselines: Whether to measure the text baselines, which takes seconds.
       has_checkpoint: Whether there are checkpoints.
+      light: Of one device, for the recipes of the last steps; None without a data sheet.
       devices: How many trained.
+
+    Raises:
+      OSError: In all processes, if a file cannot be written.
     """
     sample = None
     if generate is not None and config.sample_prompt:
         sample = _sample(config, params, generate)
-        write_atomically(run_dir / "sample.txt", config.sample_prompt + sample)
-    baselines, baseline_train_bytes = {}, 0
-    if with_baselines and final is not None and final.bits_per_byte is not None:
-        baselines, baseline_train_bytes = _baselines(config)
+
+    def write_sample() -> tuple[dict[str, float], int]:
+        if sample is not None:
+            write_atomically(run_dir / "sample.txt", config.sample_prompt + sample)
+        if with_baselines and final is not None and final.bits_per_byte is not None:
+            return _baselines(config)
+        return {}, 0
+
+    baselines, baseline_train_bytes = on_first(write_sample, OSError)
     device = jax.devices()[0].device_kind
-    peak = peak_flops(device)
-    flops, mfu = config.flops_per_token, None
-    if peak is not None and tokens_per_s is not None and flops is not None:
-        mfu = tokens_per_s * flops / (devices * peak)
+    speed = speed_metrics(tokens_per_s, light, devices)
     files = {
         "checkpoints": "checkpoints" if has_checkpoint else None,
         "metrics": "metrics.jsonl",
         "TensorBoard": "tensorboard",
-        "loss plot": plot_loss(run_dir).name,
+        "loss plot": "loss.png",
         "config": "config.py",
         "arguments": "run.json",
         "versions": "versions.json",
@@ -225,15 +241,21 @@ def summarize(
         baseline_train_bytes=baseline_train_bytes,
         quantization_error=quantization_error(config.phases[-1][1], params),
         tokens_per_s=tokens_per_s,
-        mfu=mfu,
+        mfu=speed.get("mfu"),
+        share_of_light=speed.get("share_of_light"),
         device=device,
         sample_prompt=config.sample_prompt,
         sample=sample,
         files={name: str(run_dir / file) for name, file in files.items() if file is not None},
         corpus=config.data.fingerprint,
     )
-    record = json.dumps(dataclasses.asdict(summary), indent=1)
-    write_atomically(run_dir / "summary.json", record + "\n")  # last: the run is finished
+
+    def write_summary() -> None:
+        plot_loss(run_dir)
+        record = json.dumps(dataclasses.asdict(summary), indent=1)
+        write_atomically(run_dir / "summary.json", record + "\n")  # last: the run is finished
+
+    on_first(write_summary, OSError)
     return summary
 
 
@@ -258,9 +280,14 @@ def quantization_error(model: Llama, params: PyTree) -> float | None:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _error_squares(w, recipe):
-    w = w.astype(jnp.float32)
-    return jnp.sum(jnp.square(w - weight_projection(recipe)(w))), jnp.sum(jnp.square(w))
+def _error_squares(stacked, recipe):
+    """Of weights `(layers, k, n)` in either memory, a layer at a time as the model sees them."""
+
+    def squares(w):
+        w = w.astype(jnp.float32)
+        return jnp.sum(jnp.square(w - weight_projection(recipe)(w))), jnp.sum(jnp.square(w))
+
+    return jax.tree.map(jnp.sum, over_slices(squares, stacked, stacked.shape[0]))
 
 
 def _sample(config: Config, params: PyTree, generate: Callable[..., Any]) -> str:

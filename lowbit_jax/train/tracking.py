@@ -9,33 +9,15 @@ import platform
 import statistics
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from lowbit_jax.analysis.speed_of_light import show_speed
 from lowbit_jax.train.checkpoint import write_atomically
-
-# Dense bfloat16 peak, FLOP/s without sparsity, from NVIDIA's data sheets; the first name that
-# the device kind contains counts.
-_PEAK_FLOPS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("RTX 4090", 165e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 peak in FLOP/s; None for a CPU or a device that is not in the table."""
-    return next((flops for name, flops in _PEAK_FLOPS if name in device_kind), None)
 
 
 class Throughput:
@@ -257,10 +239,19 @@ class Progress:
                 "train", total=steps, completed=start_step, shown="compiling"
             )
 
-    def update(self, step: int, loss: float, tokens_per_s: float | None) -> None:
-        """Shows the state after `step` steps."""
-        rate = "" if tokens_per_s is None else f"  {tokens_per_s / 1e3:.1f} ktok/s"
-        shown = f"loss {loss:.4f}{rate}"
+    def update(
+        self,
+        step: int,
+        loss: float,
+        tokens_per_s: float | None,
+        speed: Mapping[str, float] | None = None,
+    ) -> None:
+        """Shows the state after `step` steps; `speed` as from `speed_metrics`."""
+        shown = f"loss {loss:.4f}"
+        if tokens_per_s is not None:
+            known = speed or {}
+            shares = known.get("share_of_light"), known.get("mfu")
+            shown += f"  {show_speed(tokens_per_s, *shares)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, shown=shown)
             return

@@ -3,7 +3,10 @@
 import pytest
 
 from lowbit_jax.analysis import speed_of_light
+from lowbit_jax.analysis.speed_of_light import float8_share, run_speed_of_light
 from lowbit_jax.models import flops_by_part, llama_config
+from lowbit_jax.ops import Explanation
+from lowbit_jax.ops.report import ProductRow
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -39,6 +42,54 @@ def test_utilization_is_over_the_bfloat16_peak_whatever_the_unit():
     assert slow.mfu(0.5) == fast.mfu(0.5) == 0.625
     assert fast.share(1 / 0.75) == 1.0
     assert str(fast) == "1 tokens/s: blocks 67% in fp8, head 17% in bf16, attention 17% in bf16"
+
+
+def row(product, path, n, count=1, where=""):
+    formats = ("e4m3", "e4m3") if path != "plain" else ("-", "-")
+    return ProductRow(where, product, (4, 8), (n, 8), *formats, path, "", count)
+
+
+def test_operations_in_float8_are_counted_by_product_and_path():
+    rows = (
+        row("y", "fp8", 3, 2),  # a quarter of the operations of y, made twice
+        row("y", "dequantize", 9, 2),
+        row("dx", "hopper", 5),
+        row("dx", "hopper", 5, 7),
+        row("dw", "dequantize", 7),
+    )
+    # Exact: sums of powers of two.
+    assert float8_share(Explanation(rows)) == (1 / 4 + 1 + 0) / 3
+    assert float8_share(Explanation(())) == 0
+
+
+@pytest.mark.parametrize("repeated", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_what_is_computed_again_does_not_change_the_share(repeated):
+    first, second = repeated
+    rows = [row("y", "fp8", 3, 4 * first, "up"), row("y", "dequantize", 1, 4 * second, "down")]
+    for product in ("dx", "dw"):
+        rows += [row(product, "fp8", 3, 4, "up"), row(product, "dequantize", 1, 4, "down")]
+    assert float8_share(Explanation(tuple(rows))) == 3 / 4  # Exact: powers of two.
+
+
+def test_parts_of_the_blocks_in_each_unit_take_their_own_time():
+    flops = {"blocks": 8.0, "head": 0.0, "attention": 0.0}
+    peak = {"bf16": 8.0, "fp8": 16.0}
+    # Exact: half in float8 takes 1 / 4 s, the other half 1 / 2 s.
+    light = speed_of_light(flops, peak, "fp8", block_share=0.5)
+    assert light.tokens_per_s == 1 / 0.75
+    assert "blocks 100% in fp8 (50% of its operations) and bf16" in str(light)
+
+
+def test_a_run_is_held_to_the_units_that_its_device_has():
+    flops = {"blocks": 1.0, "head": 1.0, "attention": 1.0}
+    in_float8 = Explanation((row("y", "fp8", 3),))
+    units = {
+        kind: run_speed_of_light(flops, kind, in_float8).units["blocks"]
+        for kind in (H100, "NVIDIA A100-SXM4-80GB")
+    }
+    assert [*units.values()] == ["fp8", "bf16"]
+    assert run_speed_of_light(flops, H100, Explanation(())).units["blocks"] == "bf16"
+    assert run_speed_of_light(flops, "cpu", in_float8) is None
 
 
 @pytest.mark.parametrize(

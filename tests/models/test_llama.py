@@ -237,7 +237,7 @@ product_that_shows_its_key.defvjp(
 
 def test_every_input_of_every_layer_draws_from_a_key_of_its_own(params, tokens, monkeypatch):
     # Matrices that share an input differ by `quantized_dots`.
-    def products(x, weights, recipe, *, key, implementation, saved_as):
+    def products(x, weights, recipe, *, key, **_):
         return {name: product_that_shows_its_key(x, w, key) for name, w in weights.items()}
 
     monkeypatch.setattr(linear, "quantized_dots", products)

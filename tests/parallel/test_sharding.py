@@ -54,7 +54,9 @@ def test_tensor_cuts_names_and_zero_cuts_rows():
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8), (1, 2, 1)], ids=str)
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bytes_of_a_device_follow_from_mesh_and_stage(mesh, zero):
-    table = sharding_table(make_layout(make_mesh(*mesh), zero), PARAMETERS, PARAMS, GRADS, STATE)
+    table = sharding_table(
+        make_layout(make_mesh(*mesh), zero), PARAMETERS, PARAMS, GRADS, None, STATE
+    )
     data, fsdp, tensor = mesh
     ranks = data * fsdp
     matrices = {"params": 4 * V * D + 2 * LAYERS * D * F, "floats": 4 * (V * D + LAYERS * D * F)}
@@ -86,7 +88,7 @@ def test_an_axis_that_does_not_divide_stays_whole_and_the_table_says_so():
     layout = make_layout(make_mesh(1, 2, 4))
     # 6 heads do not divide by 4 devices; over fsdp they do.
     assert specs_of(layout, parameters["w"]) == ("fsdp", None)
-    table = sharding_table(layout, parameters, params, params, params)
+    table = sharding_table(layout, parameters, params, params, None, params)
     (row,) = table.rows
     assert (row.cuts, row.undivided) == (("whole", "whole", "heads:fsdp"), ("tensor",))
     assert "600 (tensor divides no axis)" in str(table)  # 240 + 240 + 120 bytes

@@ -13,11 +13,13 @@ import pytest
 from rich.console import Console
 
 from lowbit_jax.decoding.generate import generate
-from lowbit_jax.train import loop
+from lowbit_jax.models import count_params
+from lowbit_jax.train import loop, memory_plan
 from lowbit_jax.train.checkpoint import restore_latest
 from lowbit_jax.train.config import RunIdentity, RunOptions, load_config_file
 from lowbit_jax.train.loop import train
 from lowbit_jax.train.state import create_state
+from lowbit_jax.train.stored_bytes import Held, Stored
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "llama_tiny_quest_cage.py"
@@ -26,7 +28,7 @@ SMALL = {"n_layers": 1, "steps": 24, "batch_size": 4, "seq_len": 32}
 IDENTITY = RunIdentity("tiny", CONFIG.read_text(), dict(SMALL), {})
 
 
-Phase = loop._Phase
+Phase = loop.Phase
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,14 +42,16 @@ def shared_phases():
     def phase(config, start, model, placement=None):
         key = (
             start, model, config.optimizer.update, config.learning_rate, config.micro_batches,
-            config.seed, config.quantize_once, placement and placement.layout,
+            config.seed, config.quantize_once,
+            placement and (placement.layout, placement.offload, placement.exchange),
         )  # fmt: skip
         if key not in known:
             known[key] = Phase(config, start, model, placement)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_Phase", phase)
+        patch.setattr(loop, "Phase", phase)
+        patch.setattr(memory_plan, "kept_bytes", functools.cache(memory_plan.kept_bytes))
         yield
 
 
@@ -83,6 +87,20 @@ def small_config(**knobs):
     """The tiny config, smaller still, with nothing to do but train."""
     config = load_config_file(CONFIG).get_config(**{**SMALL, "seq_len": 16, **knobs})
     return dataclasses.replace(config, eval_batches=1, final_eval_batches=1, sample_prompt="")
+
+
+def stored_of(config, *, size=4, codes=None):
+    """What a run holds whose parameters, gradients and moments take `size` bytes an entry.
+
+    With `codes`, products read such of that many bytes instead of the stored matrices.
+    """
+    counts = count_params(config)
+    whole = Held(*(size * counts[kind] for kind in ("matrices", "tables", "vectors")))
+    held = dict.fromkeys(("weights", "gradients", "m", "v"), whole)
+    if codes is not None:
+        held["weights"] = whole._replace(matrices=codes * counts["matrices"])
+        held["master"] = Held(whole.matrices)
+    return Stored(held, logit=8, head=4, entry=size)
 
 
 class PretrainScript:

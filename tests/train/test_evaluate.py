@@ -35,6 +35,25 @@ def test_random_bits_are_the_same_every_time():
     assert first.bits_per_byte is None
 
 
+def test_no_more_than_a_micro_batch_is_evaluated_at_a_time():
+    shapes = []
+
+    def recorded(params, batch, key):
+        shapes.append(batch[0].shape)
+        return loss_fn(params, batch, key)
+
+    batch = np.arange(8, dtype=np.int32).reshape(2, 4)
+    whole, parts = (
+        make_evaluate(recorded, n)(PARAMS, [(batch, batch)], needs_key=True) for n in (1, 2)
+    )
+    assert set(shapes) == {(2, 4), (1, 4)}
+    assert whole.tokens == parts.tokens == 8
+    # Exact: binary fractions, but for noise, which each part draws for itself.
+    without = [make_evaluate(loss_fn, n)(PARAMS, [(batch, batch)]).loss for n in (1, 2)]
+    assert without == [0.5 * 3.5] * 2
+    assert whole.loss != parts.loss
+
+
 def test_stops_when_asked():
     answers = iter([False, True])
     result = make_evaluate(loss_fn)(PARAMS, batches([1] * 9), should_stop=lambda: next(answers))

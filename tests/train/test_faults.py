@@ -320,24 +320,34 @@ def on_host(monkeypatch):
 
     def become(name):
         monkeypatch.setattr(run_lock.platform, "node", lambda: name)
+        monkeypatch.setattr(run_lock, "_machine", lambda: f"boot-{name}")
         monkeypatch.setattr(run_lock.fcntl, "flock", lambda *_: None)
 
     return become
 
 
 def test_a_lock_that_a_kill_left_on_another_host_is_watched_and_taken(tmp_path, on_host):
-    (tmp_path / ".lock").write_text("pid 12 on elsewhere 0123abcd 7\n")
+    (tmp_path / ".lock").write_text("pid 12 on elsewhere some-boot 0123abcd 7\n")
     messages = []
     lock = run_lock.RunLock(tmp_path, messages.append)
     (message,) = messages
-    assert "left locked by pid 12 on elsewhere; watching 0 s for a sign of life" in message
+    assert "left locked by pid 12 on elsewhere, killed or still alive; watching 0 s for" in message
     lock.check()
     lock.release()
     run_lock.RunLock(tmp_path, pytest.fail).release()  # released in order: nothing to watch
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells its start")
 def test_a_lock_that_a_kill_left_on_this_machine_is_taken_at_once(tmp_path):
-    (tmp_path / ".lock").write_text(f"pid 12 on {run_lock.platform.node()} 0123abcd 7\n")
+    boot = run_lock._BOOT_ID.read_text().strip()
+    (tmp_path / ".lock").write_text(f"pid 12 on another-container {boot} 0123abcd 7\n")
+    run_lock.RunLock(tmp_path, pytest.fail).release()
+
+
+def test_a_machine_that_hides_the_number_of_its_start_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_BOOT_ID", tmp_path / "missing")
+    name = run_lock.platform.node()
+    (tmp_path / ".lock").write_text(f"pid 12 on {name} {name} 0123abcd 7\n")
     run_lock.RunLock(tmp_path, pytest.fail).release()
 
 

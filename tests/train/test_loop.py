@@ -164,7 +164,7 @@ def test_the_training_step_is_compiled_once(tmp_path, monkeypatch):
             counts.append(jitted)
         return jitted
 
-    monkeypatch.setattr("lowbit_jax.train.loop._Phase", Phase)  # none that another test shares
+    monkeypatch.setattr("lowbit_jax.train.loop.Phase", Phase)  # none that another test shares
     monkeypatch.setattr("lowbit_jax.train.step.jax.jit", counting)
     config = load_config_file(CONFIG).get_config(**SMALL, **LIGHT)
     train_quietly(config, tmp_path / "run", validate=False, save=True, sample=False)

@@ -13,7 +13,7 @@ from lowbit_jax.sparsity import identity
 from lowbit_jax.train.config import UsageError, load_config_file, parse_command
 from lowbit_jax.train.setups import parse_rules, training_setup
 from lowbit_jax.train.state import create_state, leaf_paths
-from lowbit_jax.train.step import make_train_step
+from lowbit_jax.train.step import StepPlan, make_train_step
 
 from .conftest import CONFIG, ROOT
 
@@ -57,7 +57,8 @@ def initial_state(setup):
 
 
 def train(setup, steps, batch=1.0):
-    state, step = initial_state(setup), make_train_step(loss_fn, setup.optimizer)
+    plan = StepPlan(clip_norm=setup.clip_norm)
+    state, step = initial_state(setup), make_train_step(loss_fn, setup.optimizer, plan)
     for _ in range(steps):
         state, metrics = step(state, jnp.float32(batch))
     return state, metrics
@@ -74,11 +75,11 @@ def test_adamw_is_the_chain_of_cage_bit_for_bit(strength):
         RATE,
         weight_projection(get_recipe("rtn_w4a4")) if strength else identity,
         total_steps=STEPS, total_strength=strength, mask=matrices, decay_mask=matrices,
-        weight_decay=0.1, max_grad_norm=1.0,
+        weight_decay=0.1,
     )  # fmt: skip
     setup = setup_of(recipe="rtn_w4a4", cage_total_strength=strength)
     state, _ = train(setup, STEPS)
-    expected, _ = train(setup.__class__((), (), plain, None), STEPS)
+    expected, _ = train(setup.__class__((), (), plain, None, 1.0), STEPS)
     assert_trees_equal(state, expected)  # Exact: the same chain.
 
 
@@ -194,7 +195,7 @@ def test_eco_keeps_what_rounding_took_in_the_momentum_and_naive_drops_it():
     clipped = 1 / metrics.grad_norm
     start_params = dequantize_leaves(initial_state(setup_of(optimizer="eco")).params)
     for path, start in leaf_paths(start_params):
-        m_eco, m_naive = (dict(leaf_paths(s.opt_state[1].m))[path] for s in (eco, naive))
+        m_eco, m_naive = (dict(leaf_paths(s.opt_state.m))[path] for s in (eco, naive))
         # Bound: four roundings of 2**-24, of numbers up to 4, and a norm that sums 16,000 terms.
         expected = (1 - 0.9) * clipped * (start - 0.5)
         np.testing.assert_allclose(m_naive, expected, rtol=2**-16, atol=2**-30)

@@ -4,6 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
+from lowbit_jax.analysis.speed_of_light import SpeedOfLight, speed_metrics
 from lowbit_jax.train import tracking
 from lowbit_jax.train.tracking import (
     MetricsLog,
@@ -63,12 +64,6 @@ def test_throughput_is_the_median_and_forgets_pauses(monkeypatch):
     assert throughput.recent() == 1.0
 
 
-def test_peak_flops_tells_the_kinds_of_one_chip_apart():
-    assert tracking.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert tracking.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert tracking.peak_flops("cpu") is None
-
-
 def test_plot_is_a_png(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write(1, "train", loss=2.0)
@@ -87,6 +82,23 @@ def test_without_a_terminal_progress_is_a_line_now_and_then():
     assert first == "step 1/5  loss 2.0000  1.5 ktok/s"  # one step tells nothing of the time left
     assert last == "step 5/5  loss 2.0000  1.5 ktok/s  0:00:00 left"
     assert message == "done [not markup]"
+
+
+def test_speed_is_shown_with_what_is_known_of_it():
+    light = SpeedOfLight(
+        {"blocks": 1.0, "head": 0.0, "attention": 0.0},
+        {"blocks": "fp8", "head": "bf16", "attention": "bf16"},
+        {"bf16": 1000.0, "fp8": 4000.0},
+    )
+    assert speed_metrics(None, light) == {}
+    assert speed_metrics(1500.0, None) == {"tokens_per_s": 1500.0}  # a device without a data sheet
+    # Exact: quotients of powers of two and three.
+    known = speed_metrics(1500.0, light, devices=2)
+    assert known == {"tokens_per_s": 1500.0, "share_of_light": 0.1875, "mfu": 0.75}
+    out = io.StringIO()
+    with Progress(Console(file=out, width=200), steps=1) as progress:
+        progress.update(1, 2.0, 1500.0, known)
+    assert out.getvalue() == "step 1/1  loss 2.0000  1.5 ktok/s, 19% of light, MFU 75%\n"
 
 
 def test_on_a_terminal_progress_is_a_bar():
