@@ -13,6 +13,7 @@ from lowbit_jax.ops import Explanation
 from pallas_kernels.measurement import BF16, FP8, data_sheet
 
 PARTS = ("blocks", "head", "attention")
+SPEEDS = ("tokens_per_s", "share_of_light", "mfu")  # what `speed_metrics` gives
 # Paths of `quantized_dot` that multiply in float8 (block-scaled float4 could be faster still).
 _FP8_PATHS = ("fp8", "hopper", "blackwell")
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from lowbit_jax.analysis.speed_of_light import show_speed
+from lowbit_jax.analysis.speed_of_light import SPEEDS, show_speed
 from lowbit_jax.train.checkpoint import write_atomically
 
 
@@ -160,8 +160,11 @@ class _Events:
         self._file.close()
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a kill cut off is left out. [] if it is missing."""
+def read_metrics(path: pathlib.Path, *, with_speeds: bool = True) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line that a kill cut off is left out. [] if it is missing.
+
+    Without speeds a row holds what was computed, which a run that is repeated computes again.
+    """
     if not path.exists():
         return []
     rows = []
@@ -171,7 +174,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue  # power failed in the middle of a write
         if isinstance(row, dict) and {"step", "split"} <= row.keys():
-            rows.append(row)
+            rows.append({k: v for k, v in row.items() if with_speeds or k not in SPEEDS})
     return rows
 
 

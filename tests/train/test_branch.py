@@ -35,7 +35,7 @@ SILENT = {"recipe": "int4_weights", "cage_total_strength": 0.0}
 
 
 def rows_of(run_dir):
-    return read_metrics(run_dir / "metrics.jsonl")
+    return read_metrics(run_dir / "metrics.jsonl", with_speeds=False)
 
 
 def stop(config, run_dir, step, **options):

@@ -22,7 +22,7 @@ KNOBS = {
 
 
 def rows_of(run_dir):
-    return read_metrics(run_dir / "metrics.jsonl")
+    return read_metrics(run_dir / "metrics.jsonl", with_speeds=False)
 
 
 def steps_saved(run_dir):
