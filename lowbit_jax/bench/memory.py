@@ -1,12 +1,12 @@
 """`python scripts/bench_memory.py`: memory of a training step, predicted, compiled and measured."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lowbit_jax.bench.memory_case import Case, MemoryRow, row_of
 from lowbit_jax.bench.memory_report import FILE, load, markdown, save
-from lowbit_jax.bench.memory_row import MARK, card_bytes, measure
+from lowbit_jax.bench.memory_row import MARK, TRACED, card_bytes, measure
 from lowbit_jax.train.memory_plan import show_bytes
 from lowbit_jax.train.planning import HEADROOM, host_memory_bytes
 
@@ -110,6 +110,9 @@ def main(
     host_bytes = int(0.9 * host_memory_bytes())
     environment = {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(host_bytes // 10**9)}
     limits: dict[str, Any] = {}
+    total = card_bytes("total")
+    if total is not None:
+        environment["JAX_PLATFORMS"] = "cuda,cpu"  # rather an error than a large model on the CPU
     if only == "1.5b":
         cases = table_cases("tiny" if tiny else size, batch_size or 4, seq_len, steps)
         if unknown := set(rows) - {case.name for case in cases}:
@@ -119,7 +122,6 @@ def main(
         groups = [[case] for case in cases if not rows or case.name in rows]
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     else:
-        total = card_bytes("total")
         usable = (total or 0) - _CONTEXT_BYTES
         if only == "7b":
             usable = int(memory_gib * _GIB) - _CONTEXT_BYTES
@@ -135,8 +137,7 @@ def main(
             ]
         if total is not None:
             environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
-            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{usable / total:.4f}"
-            environment["XLA_CLIENT_MEM_FRACTION"] = environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+            environment["XLA_CLIENT_MEM_FRACTION"] = f"{usable / total:.4f}"
         if total is not None or only == "7b":
             limits = {"fits_device": int((1 - HEADROOM) * usable)}
         limits["fits_host"] = host_bytes
@@ -145,7 +146,7 @@ def main(
     measured = (
         (row for group in groups for row in measure(group, **limits))
         if tiny
-        else _measure_apart(groups, limits, environment, budget_s, has_overlap=only == "1.5b")
+        else _measure_apart(groups, limits, environment, budget_s, together=only == "1.5b")
     )
     for row in measured:
         found.append(row)
@@ -160,55 +161,60 @@ def main(
 
 
 def _measure_apart(
-    groups: list[list[Case]],
+    groups: Sequence[list[Case]],
     limits: dict[str, Any],
     environment: dict[str, str],
     budget_s: float,
     *,
-    has_overlap: bool,
+    together: bool,
 ) -> Iterator[MemoryRow]:
-    """A process for each group, again if its case fails; the next traces while one runs."""
+    """A process for each group, again if its case fails; all trace before one runs, or each alone.
+
+    Args:
+      groups: Of each the first case that fits is measured; of one case, if `together`.
+      limits: See `memory_row.measure`.
+      environment: Of the processes.
+      budget_s: No process runs its step after this.
+      together: Whether all may hold the device while they trace.
+    """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        lock = pathlib.Path(folder) / "lock"
-
-        def begin(cases: list[Case]) -> "_Child":
-            return _Child(cases, limits, environment, lock)
-
-        waiting = list(groups)
-        child = begin(waiting.pop(0)) if waiting else None
-        while child is not None:
-            following = None
-            if has_overlap and waiting and time.perf_counter() - start < budget_s:
-                child.running.wait()
-                following = begin(waiting.pop(0))
-            rows = child.rows()
+    waiting = [
+        (cases, _Child(cases, limits, environment) if together else None) for cases in groups
+    ]
+    try:
+        for _, child in waiting:
+            if child is not None:
+                child.traced.wait()
+        while waiting and time.perf_counter() - start < budget_s:
+            cases, child = waiting.pop(0)
+            rows = (child or _Child(cases, limits, environment)).rows()
             yield from rows
-            rest = child.cases[len(rows) :]
+            rest = cases[len(rows) :]
             if rows[-1].status == "failed" and rest:
-                waiting.insert(0, rest)
-            if following is None and waiting and time.perf_counter() - start < budget_s:
-                following = begin(waiting.pop(0))
-            child = following
-        for cases in waiting:
+                waiting.insert(0, (rest, None))
+        for cases, _ in waiting:
             yield MemoryRow(cases[0], "skipped", f"the {budget_s:g} s were over")
+    finally:
+        for _, child in waiting:
+            if child is not None:
+                child.stop()
 
 
 class _Child:
-    """A process that measures the first of `cases` that fits."""
+    """A process that measures the first of `cases` that fits, once told to.
 
-    def __init__(
-        self,
-        cases: list[Case],
-        limits: dict[str, Any],
-        environment: dict[str, str],
-        lock: pathlib.Path,
-    ):
-        self.cases, self.running = cases, threading.Event()
+    Attributes:
+      traced: Set when its program is traced, or there will be none.
+    """
+
+    def __init__(self, cases: list[Case], limits: dict[str, Any], environment: dict[str, str]):
+        self.traced = threading.Event()
+        self._case = cases[0]
         request = {"cases": [dataclasses.asdict(case) for case in cases], **limits}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _MODULE, json.dumps(request), str(lock)],
+            [sys.executable, "-m", _MODULE, json.dumps(request)],
             env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -216,23 +222,32 @@ class _Child:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(f"{MARK}running"):
-                self.running.set()
-            elif line.startswith(MARK):
-                self._answer = line.removeprefix(MARK)
-        self.running.set()  # it will not run any more
-
     def rows(self) -> list[MemoryRow]:
-        """Waits for its rows."""
+        """Lets it compile and run, and waits for what comes of it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.write("run\n")
+            self._process.stdin.close()
         code = self._process.wait()
         self._reader.join()
         if self._answer is None:
             note = f"its process ended with exit status {code}"
-            return [MemoryRow(self.cases[0], "failed", note)]
+            return [MemoryRow(self._case, "failed", note)]
         return [row_of(record) for record in json.loads(self._answer)]
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(f"{MARK}{TRACED}"):
+                self.traced.set()
+            elif line.startswith(MARK):
+                self._answer = line.removeprefix(MARK)
+        self.traced.set()
 
 
 def _line(row: MemoryRow) -> str:

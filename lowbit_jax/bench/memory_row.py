@@ -1,20 +1,17 @@
 """One training step as a row of the table of memory: predicted, compiled, run.
 
-Each row has a process of its own, for the peak that a device counts cannot be set back: one may
-trace its program while another runs, but one alone compiles and runs.
+Each row has a process of its own, for the peak that a device counts cannot be set back: several may
+trace their programs, but one alone compiles and runs, with nothing beside it.
 """
 
 import dataclasses
-import fcntl
 import json
 import math
-import os
-import pathlib
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +30,13 @@ from lowbit_jax.train.start import place_run, state_shapes
 from lowbit_jax.train.state import leaf_paths
 
 MARK = "memory-row "  # before the words that a parent process reads
+TRACED = "traced"  # one of them
 
 
 def measure(
     cases: Sequence[Case],
-    lock: pathlib.Path | None = None,
     *,
+    wait: Callable[[], None] = lambda: None,
     fits_device: int | None = None,
     fits_host: int | None = None,
 ) -> list[MemoryRow]:
@@ -46,7 +44,7 @@ def measure(
 
     Args:
       cases: In the order of preference.
-      lock: A file that processes hold, one at a time, from compiling on until they end.
+      wait: Called when the program is traced; it may compile and run once that returns.
       fits_device: Bytes that a plan may take; None: as many as it wants.
       fits_host: Likewise, of the host's memory.
 
@@ -73,7 +71,7 @@ def measure(
                     note = f"needs {show_bytes(size)} of {of}, may take {show_bytes(most)}"
                     row = dataclasses.replace(row, status="skipped", note=note)
             if not row.note:
-                row = _run(row, lock)
+                row = _run(row, wait)
         except Exception as error:  # out of memory, above all: the other rows are wanted
             note = f"{type(error).__name__}: {str(error)[:300]}"
             row = dataclasses.replace(row, status="failed", note=note)
@@ -83,7 +81,7 @@ def measure(
     return rows
 
 
-def _run(row: MemoryRow, lock: pathlib.Path | None) -> MemoryRow:
+def _run(row: MemoryRow, wait: Callable[[], None]) -> MemoryRow:
     config, options = case_config(row.case)
     mesh = open_mesh(config, options)
     placement = None if mesh is None else place_run(config, mesh, options.zero, options.offload)
@@ -97,7 +95,7 @@ def _run(row: MemoryRow, lock: pathlib.Path | None) -> MemoryRow:
     flops = flops_by_part(config.model.config, config.seq_len)
     light = run_speed_of_light(flops, row.device, explain(traced))
     lowered = traced.lower()
-    _wait_alone(lock)
+    wait()
     start = time.perf_counter()
     # On a CPU only to see whether it works: quickly, then.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -158,11 +156,10 @@ def _filled(target: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(target), sent)
 
 
-def _wait_alone(lock: pathlib.Path | None) -> None:
-    """Waits until no other process has the lock, and tells a parent process so."""
-    if lock is not None:
-        fcntl.flock(os.open(lock, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)  # until the process ends
-        print(f"{MARK}running", flush=True)
+def _wait_for_parent() -> None:
+    """Tells a parent process that the program is traced, and waits for a line from it."""
+    print(f"{MARK}{TRACED}", flush=True)
+    sys.stdin.readline()
 
 
 def card_bytes(what: str) -> int | None:
@@ -176,10 +173,10 @@ def card_bytes(what: str) -> int | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """A child process: cases and limits as JSON, and a file to lock; prints the rows."""
+    """A child process: cases and limits as JSON; prints the rows."""
     request = json.loads(arguments[0])
     cases = [Case(**fields) for fields in request.pop("cases")]
-    rows = measure(cases, pathlib.Path(arguments[1]), **request)
+    rows = measure(cases, wait=_wait_for_parent, **request)
     print(f"{MARK}{json.dumps([dataclasses.asdict(row) for row in rows])}", flush=True)
     return 0
 

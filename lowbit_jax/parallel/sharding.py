@@ -202,7 +202,10 @@ def constrain(tree: PyTree, places: PyTree | None) -> PyTree:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather(
-    x: Any, used: NamedSharding, gradient: NamedSharding, send: Callable[[Any], Any] | None = None
+    x: Any,
+    used: NamedSharding | None,
+    gradient: NamedSharding,
+    send: Callable[[Any], Any] | None = None,
 ) -> Any:
     """`x`, placed as `used`; its gradient is placed as `gradient`, summed over devices on the way.
 
@@ -210,17 +213,25 @@ def gather(
 
     Args:
       x: An array.
-      used: Where it is read.
+      used: Where it is read; None: where it is, so that a loop over layers whose backward pass
+        reads it once more keeps no copy of all layers' weights.
       gradient: Where its gradient is summed.
       send: Makes of x what travels, and of that `x` on `used`, in the place of x itself. It is not
         differentiated.
     """
     del gradient
-    return jax.lax.with_sharding_constraint(x, used) if send is None else send(x)
+    return _sent(x, used, send)
+
+
+def _sent(x, used, send):
+    if send is not None:
+        return send(x)
+    return x if used is None else jax.lax.with_sharding_constraint(x, used)
 
 
 def _gather_fwd(x, used, gradient, send):
-    return gather(x, used, gradient, send), None
+    del gradient
+    return _sent(x, used, send), None
 
 
 def _gather_bwd(used, gradient, send, _, g):

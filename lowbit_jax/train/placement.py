@@ -253,14 +253,17 @@ def _gathered_matrix(
         )
     at_use, at_rest, gradient = _of_layer(layout, axes, shape)
     reads_master = again and not recipe.requantize
-    master = gather(master, at_use if reads_master else at_rest, gradient)
+    used = None if at_use == at_rest else at_use if reads_master else at_rest
+    master = gather(master, used, gradient)
     return QuantizedWeight(master, q, cast(Any, places))
 
 
 def _gathered(layout: Layout, weight: Any, axes: tuple[str, str], dtype: DTypeLike | None) -> Any:
     """A weight, sent in a dtype that its reader casts it to anyway; None: as it is."""
     used, stored, gradient = _of_layer(layout, axes, weight.shape)
-    if dtype is None or dtype == weight.dtype or not _is_cut(layout, axes, weight.shape):
+    if used == stored:
+        return gather(weight, None, gradient)
+    if dtype is None or dtype == weight.dtype:
         return gather(weight, used, gradient)
 
     def send(w):

@@ -59,7 +59,7 @@ def test_freed_bytes_are_held_against_the_prediction(tmp_path):
 
 
 def test_the_first_case_that_fits_is_the_one_that_runs(monkeypatch):
-    def run(row, lock):
+    def run(row, wait):
         return dataclasses.replace(row, status="measured")
 
     monkeypatch.setattr(memory_row, "_run", run)
@@ -89,14 +89,17 @@ def test_a_process_that_dies_fails_its_case_and_the_next_is_tried(monkeypatch):
 
     monkeypatch.setattr(memory.subprocess, "Popen", Dies)
     group = [Case("large", "tiny"), Case("small", "tiny")]
-    rows = list(memory._measure_apart([group], {}, {}, 60.0, has_overlap=True))
+    rows = list(memory._measure_apart([group], {}, {}, 60.0, together=False))
     assert [(row.case.name, row.status) for row in rows] == [
         ("large", "failed"),
         ("small", "failed"),
     ]
     assert "exit status 7" in rows[0].note
-    rows = list(memory._measure_apart([group, group], {}, {}, 0.0, has_overlap=True))
-    assert [row.status for row in rows] == ["failed", "skipped", "skipped"]
+    alone = [group[:1], group[1:]]
+    rows = list(memory._measure_apart(alone, {}, {}, 60.0, together=True))
+    assert [row.status for row in rows] == ["failed", "failed"]
+    rows = list(memory._measure_apart(alone, {}, {}, 0.0, together=True))
+    assert [row.status for row in rows] == ["skipped", "skipped"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax.extend.core import jaxprs_in_params
 
 from lowbit_jax.models import Llama, LlamaConfig, logical_axes
 from lowbit_jax.models.host_memory import HOST
@@ -31,6 +32,7 @@ from lowbit_jax.train.offload import (
     OFFLOADABLE,
     draw_slowly,
     offload_flags,
+    offloaded_value_and_grad,
     offloading_model,
     offloading_placement,
 )
@@ -423,6 +425,27 @@ def test_inputs_of_blocks_wait_in_host_memory_and_nothing_else_does(params):
 
     kept = [str(v.aval) for eqn in jax.make_jaxpr(jax.grad(loss))(params).eqns for v in eqn.outvars]
     assert [k for k in kept if "<host>" in k] == [f"float32<host>[2,4,{SEQ_LEN},{WIDTH}]"]
+
+
+@pytest.mark.parametrize("flags", ["moments", "gradients"])
+def test_the_loop_over_layers_keeps_no_copy_of_weights_that_are_on_the_device(params, flags):
+    model = Llama(dataclasses.replace(MODEL.config, recompute="none"))
+    state = jax.eval_shape(lambda: create_state(params, optax.sgd(1.0)))
+    loss_fn = loss_function(offloading_model(model, flags), place(state, flags).layout)
+    differentiated = offloaded_value_and_grad(loss_fn, flags, "layers")
+    stacked = params["layers"]["mlp"]["gate_proj"]["weight"].shape
+    batch = tuple(part[:3] for part in BATCH)  # as many tokens as nothing else is long
+    loops = scans_of(jax.make_jaxpr(differentiated)(params, batch, None).jaxpr)
+    written = [v for eqn in loops for v in eqn.outvars if v.aval.shape == stacked]
+    assert len(written) == 2  # the gradients of gate_proj and up_proj
+
+
+def scans_of(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from scans_of(inner)
 
 
 def test_a_bad_value_in_host_memory_is_found(params):
