@@ -152,8 +152,9 @@ def _mean_loss_fwd(chunks, hidden, weight, targets):
     init = vary_alike(init, hidden)
     chunked = (_split(hidden, chunks), _split(targets, chunks))
     (total, weight_gradient), hidden_gradient = lax.scan(body, init, chunked)
+    # Together, or the compiler keeps the float32 sum until the backward pass has come to its end.
     residuals = (_merge(hidden_gradient), weight_gradient.astype(weight.dtype))
-    return total * scale, residuals
+    return total * scale, lax.optimization_barrier(residuals)
 
 
 def _mean_loss_bwd(chunks, residuals, cotangent):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from lowbit_jax.numerics import QTensor, QuantSpec, quantize
 from lowbit_jax.numerics.estimators import factored_and_mask, gradient_mask, mask_bound
 from lowbit_jax.numerics.quantize import Factored, factor, quantize_factored
+from lowbit_jax.numerics.scales import E4M3_RULES
 from lowbit_jax.ops import dispatch
 from lowbit_jax.ops.call import Call, ProductKeys
 from lowbit_jax.ops.dot_recipe import DotRecipe, Product
@@ -138,21 +139,34 @@ def backward_operand(
     saved = _rows(saved)
     if spec is None and recipe.rotation_of(product) is None:
         return _transposed(saved, call)
+    scale = None
+    is_scaled = saved.scale is not None and not saved.scale.ndim
+    if (
+        is_scaled
+        and spec is not None
+        and spec.scale in E4M3_RULES
+        and not call.takes_codes(product)
+    ):
+        # The scale of the result follows that of the array, which need not be multiplied out.
+        saved, scale = Operand(saved.values.astype(call.x_dtype), None), saved.scale
     target = call.target(product, spec)
     if target is None:
-        z = _dense(saved).T
-        return _rotate_and_quantize(z, product, spec, keys[product].second, keys, call)
-    scale = None
-    if target.is_nvfp4 and saved.scale is not None and not saved.scale.ndim:
-        # Its scale follows that of the array, which need not be multiplied out.
-        saved, scale = Operand(saved.values.astype(call.x_dtype), None), saved.scale
-    partition, column_keys = _partition_of(product, call), _keys_of(keys[product], first=False)
-    _, columns, _ = _quantize_by_kernel(
-        _dense(saved), None, target, partition, column_keys=column_keys
-    )
-    assert columns is not None
-    assert columns.scale is not None  # as the kernel makes them
-    return columns if scale is None else columns._replace(scale=columns.scale * scale)
+        z = _dense(saved).T if scale is None else saved.values.T.astype(jnp.float32)
+        again = _rotate_and_quantize(z, product, spec, keys[product].second, keys, call)
+    else:
+        _, again, _ = _quantize_by_kernel(
+            _dense(saved),
+            None,
+            target,
+            _partition_of(product, call),
+            column_keys=_keys_of(keys[product], first=False),
+        )
+    assert again is not None
+    if scale is None:
+        return again
+    assert isinstance(again, Operand)  # as no codes are taken
+    assert again.scale is not None  # as the rules make them
+    return again._replace(scale=again.scale * scale)
 
 
 def masked_gradient(

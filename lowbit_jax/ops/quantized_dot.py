@@ -72,14 +72,12 @@ def quantized_dot(
       key: Randomness of stochastic rounding and random signs. Needed if `recipe.needs_key`,
         unused otherwise; new for every step and layer.
       implementation: "dequantize", "fp8", "hopper", "hopper_bf16" or "blackwell"; taken for all
-        three products or refused. The last two only by name: our kernel's NVFP4 operands in
-        bfloat16, whose weight gradients a test on a GPU still finds further from the reference than
-        it allows, and block-scaled products, which have never run on such a GPU. None: chosen for
-        each product, and `explain` tells which and why: "fp8" for float8 formats with one scale a
-        tensor; "hopper" for 4-bit formats that float8 holds, and `dx` of an unquantized gradient
-        that is rotated back, on a Hopper GPU with JAX 0.11, unless the shape is small or ragged, or
-        arrays lie on a mesh over which `jit` may partition, and no `partition` is given;
-        "dequantize" for the rest. The device is that of `jax.default_device`, or the first: where
+        three products or refused. The last only by name: block-scaled products, which have never
+        run on such a GPU. None: chosen for each product, and `explain` tells which and why: "fp8"
+        for float8 formats with one scale a tensor; on a Hopper GPU with JAX 0.11 "hopper" for 4-bit
+        formats that float8 holds, and `dx` of an unquantized gradient that is rotated back, and
+        "hopper_bf16" for NVFP4, unless the shape is small or ragged, or arrays lie on a mesh over
+        which `jit` may partition, and no `partition` is given; "dequantize" for the rest. The device is that of `jax.default_device`, or the first: where
         arrays are cannot be known while tracing. Functions of arrays that are committed to the CPU
         of a machine with a GPU must be traced under the former.
       partition: Of the tokens, where `jit` partitions over a mesh, on which w is the same on all

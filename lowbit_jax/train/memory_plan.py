@@ -125,6 +125,9 @@ class MemoryPlan:
         for part, size in self.passing:
             if size:
                 found[part]["passing"] = size
+        if "weights" in self._offloaded and "gradients" not in self._offloaded:
+            # As XLA schedules it: among copies from the host it clears their stacks early.
+            found["loss"]["gradients"] = sizes["gradients"].matrices
         return found
 
     @property

@@ -41,7 +41,7 @@ needs_mosaic = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosa
         (None, None, H100, "dequantize", "plain product"),
         (MXFP4, MXFP4, A100, "dequantize", "capability 9.0, this device has 8.0"),
         (MXFP4, MXFP4, BLACKWELL, "dequantize", "capability 9.0, this device has 10.0"),
-        (NVFP4, NVFP4, H100, "dequantize", "are no powers of two"),
+        (NVFP4, NVFP4, A100, "dequantize", "capability 9.0, this device has 8.0"),
     ],
 )
 def test_path_follows_formats_and_device(a, b, capability, path, reason):
@@ -57,6 +57,14 @@ def test_formats_that_fold_go_through_the_kernels_on_hopper(spec):
     assert dispatch.choose("y", spec, spec, None, H100, shape=(16384, 4096, 4096)).path == "hopper"
     # A backward product that is not quantized has no 4-bit operand to multiply exactly.
     assert dispatch.choose("dw", None, spec, None, H100, is_kept=True).path == "dequantize"
+
+
+@needs_mosaic
+def test_operands_of_nvfp4_are_made_by_the_kernel_on_hopper():
+    plan = dispatch.choose("y", NVFP4, NVFP4, None, H100, shape=(16384, 4096, 4096))
+    assert plan.path == "hopper_bf16"
+    small = dispatch.choose("y", NVFP4, NVFP4, None, H100, shape=(16, 4096, 4096))
+    assert (small.path, "grows by 300%" in small.reason) == ("dequantize", True)
 
 
 @needs_mosaic
@@ -128,7 +136,7 @@ def test_a_path_asked_for_by_name_never_falls_back():
         with pytest.raises(NotImplementedError, match=r"'dx' of .* use implementation=None or"):
             dispatch.choose("dx", a, b, "fp8", H100)
     with pytest.raises(
-        ValueError, match="one of fp8, hopper, dequantize, hopper_bf16, blackwell, got 'triton'"
+        ValueError, match="one of fp8, hopper, hopper_bf16, dequantize, blackwell, got 'triton'"
     ):
         dispatch.choose("y", None, None, "triton", H100)
 

@@ -80,6 +80,21 @@ def test_kernels_on_parts_of_the_tokens_make_the_bits_of_one_device(
 
 
 @needs_mosaic
+def test_operands_of_nvfp4_on_parts_of_the_tokens_are_those_of_one_device(monkeypatch):
+    # MS-EDEN along the tokens: rotated with random signs, scales rounded by random bits of places,
+    # under one scale of all parts. Weights of dyadic numbers rotate exactly in any order.
+    recipe = get_recipe("quartet2")
+    x, w, g = arguments(256, 128, 32)
+    x, w, g = x.at[200, 3].set(40), jnp.round(64 * w) / 64, jnp.round(4 * g) / 4
+    layer = functools.partial(products, recipe=recipe, implementation="hopper_bf16")
+    expected = run_interpreted(layer, x, w, g)
+    partition = in_parts(monkeypatch, 2)
+    got = run_interpreted(functools.partial(layer, partition=partition), x, w, g)
+    for name, a, b in zip(("y", "dx", "dw"), got, expected, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@needs_mosaic
 def test_one_scale_a_tensor_is_that_of_all_parts(monkeypatch):
     recipe = get_recipe("fp8_tensorwise_e4m3")
     x, w, g = arguments(256, 72, 160)
@@ -116,7 +131,10 @@ def test_tokens_are_cut_over_both_axes_of_a_real_mesh():
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("name", "path"), [("quartet", "hopper"), ("fp8_tensorwise", "fp8")])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("quartet", "hopper"), ("fp8_tensorwise", "fp8"), ("quartet2", "hopper_bf16")],
+)
 def test_plain_jit_on_a_mesh_lowers_to_kernels_for_hopper(name, path, monkeypatch):
     monkeypatch.setattr(dispatch, "cuda_capability", lambda: (9, 0))
     mesh = make_mesh(2, 2)
