@@ -77,9 +77,10 @@ def quantized_dot(
         for float8 formats with one scale a tensor; on a Hopper GPU with JAX 0.11 "hopper" for 4-bit
         formats that float8 holds, and `dx` of an unquantized gradient that is rotated back, and
         "hopper_bf16" for NVFP4, unless the shape is small or ragged, or arrays lie on a mesh over
-        which `jit` may partition, and no `partition` is given; "dequantize" for the rest. The device is that of `jax.default_device`, or the first: where
-        arrays are cannot be known while tracing. Functions of arrays that are committed to the CPU
-        of a machine with a GPU must be traced under the former.
+        which `jit` may partition, and no `partition` is given; "dequantize" for the rest. The
+        device is that of `jax.default_device`, or the first: where arrays are cannot be known while
+        tracing. Functions of arrays that are committed to the CPU of a machine with a GPU must be
+        traced under the former.
       partition: Of the tokens, where `jit` partitions over a mesh, on which w is the same on all
         devices: then kernels run on the part of each device, with scales and random numbers of the
         whole. y and dx are those of one device, bit by bit where the product is exact; dw is summed

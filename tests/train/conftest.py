@@ -55,14 +55,6 @@ def shared_phases():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiles in two thirds of the time what runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def train_quietly(config, run_dir, *, identity=IDENTITY, **options):
     """Summary and what was printed."""
     console = Console(file=io.StringIO(), width=200)
@@ -115,6 +107,7 @@ class PretrainScript:
         cache = {
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in all tests of training
         }
         with open(self.folder / "printed.txt", "w") as printed:
             process = subprocess.Popen(

@@ -25,8 +25,6 @@ from lowbit_jax.train.tracking import read_metrics
 from .conftest import IDENTITY, small_config, state_of
 from .conftest import train_quietly as train_and_validate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 train_quietly = functools.partial(train_and_validate, validate=False)
 
 # CAGE is silent for 0.8 * 24 = 19 steps.

@@ -13,8 +13,6 @@ from lowbit_jax.parallel import batch_sharding, make_layout, make_mesh, paramete
 from lowbit_jax.train.placement import placed_use
 from lowbit_jax.train.step import loss_function
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 D, F, VOCAB = 128, 256, 64
 WEIGHTS = 4 * D * D + 3 * D * F  # of a layer
 AXES = ("mlp", "embed")

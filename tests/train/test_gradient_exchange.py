@@ -21,8 +21,6 @@ from lowbit_jax.train.tracking import read_metrics
 
 from .conftest import small_config, train_quietly
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DEVICES, K, N, BATCH = 4, 64, 32, 32
 AXES = {
     "head": {"weight": ("vocab", "embed"), "bias": ("vocab",)},

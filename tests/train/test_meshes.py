@@ -19,8 +19,6 @@ from lowbit_jax.train.tracking import read_metrics
 
 from .conftest import CONFIG, small_config, train_quietly
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS, BATCH, SEQ_LEN, RATE = 3, 8, 16, 4e-3
 
 

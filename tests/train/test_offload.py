@@ -53,7 +53,7 @@ from lowbit_jax.train.tracking import read_metrics
 from .conftest import CONFIG, small_config, state_of, train_quietly
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation", "small_slices"),
+    pytest.mark.usefixtures("small_slices"),
     pytest.mark.skipif(
         HOST not in [memory.kind for memory in jax.devices()[0].addressable_memories()],
         reason=f"this device has no memory of the kind {HOST}",

@@ -49,8 +49,6 @@ TX = optax.chain(
 )
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def loss_fn(params, batch, key):
     """QuEST, then Quartet, which rounds gradients at random, in each of two layers."""

@@ -36,8 +36,6 @@ from lowbit_jax.train.tracking import read_metrics
 
 from .conftest import IDENTITY, ROOT, small_config, state_of, train_quietly
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # as the jobs do
-
 BATCH, SEQ_LEN, STEPS, SAVED, RATE = 8, 16, 12, 5, 4e-3
 MESH = "4x1x1"
 MESHES = (4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4)

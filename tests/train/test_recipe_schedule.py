@@ -16,8 +16,6 @@ from lowbit_jax.train.tracking import read_metrics
 from .conftest import small_config, state_of
 from .conftest import train_quietly as train_and_sample
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 train_quietly = functools.partial(train_and_sample, sample=False)
 
 QUIET = {"cage_total_strength": 0.0}

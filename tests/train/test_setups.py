@@ -17,8 +17,6 @@ from lowbit_jax.train.step import StepPlan, make_train_step
 
 from .conftest import CONFIG, ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 10
 RATE = one_cycle_cosine(1e-2, STEPS)
 DOWN = "layers/mlp/down_proj/weight"

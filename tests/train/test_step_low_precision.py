@@ -21,8 +21,6 @@ from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
 from lowbit_jax.train.state import abstract_state, create_state
 from lowbit_jax.train.step import StepPlan, first_offender, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LAYERS, WIDTH, BATCH = 2, 32, 8
 STACKED = match_paths("layers/weight")
 TX = eco(1e-2, FP8_E4M3, mask=STACKED, decay_mask=STACKED, max_grad_norm=1.0)
