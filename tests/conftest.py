@@ -30,7 +30,7 @@ def compilation(request):
     """Compiles at LLVM's level 0 what is not about bits; XLA's own passes are all there."""
     folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
     is_quick = folder not in _COMPILED_AS_BY_USERS
-    if jax.config.jax_disable_most_optimizations != is_quick:
+    if jax.config.read("jax_disable_most_optimizations") != is_quick:
         jax.clear_caches()  # functions that are there already were compiled the other way
         jax.config.update("jax_disable_most_optimizations", is_quick)
 

@@ -49,7 +49,6 @@ TX = optax.chain(
 )
 
 
-
 def loss_fn(params, batch, key):
     """QuEST, then Quartet, which rounds gradients at random, in each of two layers."""
     x, y = batch
