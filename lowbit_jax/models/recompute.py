@@ -26,7 +26,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -69,14 +69,20 @@ def dropped_names(recompute: str) -> frozenset[str]:
     Raises:
       ValueError: If there is no such flag.
     """
-    flags = () if recompute == NONE else tuple(recompute.split("+"))
-    unknown = [flag for flag in flags if flag not in FLAGS]
+    flags = parse_flags("recompute", recompute, FLAGS)
+    return frozenset(name for flag in flags for name in FLAGS[flag])
+
+
+def parse_flags(who: str, text: str, known: Collection[str]) -> tuple[str, ...]:
+    """The flags of a text, "none" or names joined by "+"; `who` complains of another name."""
+    flags = () if text == NONE else tuple(text.split("+"))
+    unknown = [flag for flag in flags if flag not in known]
     if unknown:
         raise ValueError(
-            f"recompute: must be {NONE!r} or flags of {', '.join(FLAGS)} joined by '+', got"
-            f" {recompute!r}, whose {unknown[0]!r} is none of them."
+            f"{who}: must be {NONE!r} or flags of {', '.join(known)} joined by '+', got {text!r},"
+            f" whose {unknown[0]!r} is none of them."
         )
-    return frozenset(name for flag in flags for name in FLAGS[flag])
+    return flags
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from lowbit_jax.models import Llama
 from lowbit_jax.models.host_memory import HOST, OffloadedWeight, is_on_host, to_host
+from lowbit_jax.models.recompute import NONE, parse_flags
 from lowbit_jax.numerics import QTensor
 from lowbit_jax.parallel.sharding import Parameter, owner_of, path_text
 from lowbit_jax.train.placement import Placement
@@ -35,7 +36,6 @@ from lowbit_jax.train.state import TrainState
 from lowbit_jax.train.streaming import check_cuts, is_matrix, make_groups
 
 OFFLOADABLE = ("moments", "weights", "gradients", "residuals")
-NONE = "none"
 
 
 def offload_flags(offload: str) -> frozenset[str]:
@@ -47,14 +47,7 @@ def offload_flags(offload: str) -> frozenset[str]:
     Raises:
       ValueError: If there is no such flag.
     """
-    flags = () if offload == NONE else tuple(offload.split("+"))
-    unknown = [flag for flag in flags if flag not in OFFLOADABLE]
-    if unknown:
-        raise ValueError(
-            f"offload: must be {NONE!r} or flags of {', '.join(OFFLOADABLE)} joined by '+', got"
-            f" {offload!r}, whose {unknown[0]!r} is none of them."
-        )
-    return frozenset(flags)
+    return frozenset(parse_flags("offload", offload, OFFLOADABLE))
 
 
 def check_quantized_once(offload: str) -> None:
