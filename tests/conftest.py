@@ -1,6 +1,7 @@
 """What every test shares: hypothesis settings, how it is compiled, and the `gpu` marker."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 
@@ -20,23 +21,34 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_num_cpu_devices", 8)  # simulated: shardings are tested without a cluster
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# Folders about the bits of single operations, which are held to what users' compilers make of them.
-# What the others run takes milliseconds, and twice as long to compile at LLVM's highest level.
-_COMPILED_AS_BY_USERS = {"numerics", "rotations", "sparsity", "ops", "pallas_kernels"}
+# On CPU, LLVM's level 1 compiles random numbers in 0.6 of the time of level 3 and contracts
+# products and sums as that does, which level 0 does not: comparisons bit for bit would be of less.
+if not importlib.metadata.entry_points(group="jax_plugins"):
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get(
+        "XLA_FLAGS", ""
+    )
+
+# Trains and runs models for milliseconds, after a second of compilation. Everything else is about
+# the bits of single operations, or computes for long.
+_QUICK = {"analysis", "bench", "data", "decoding", "models", "parallel", "scripts", "train"}
+
+
+def _is_quick(path):
+    return path.relative_to(pathlib.Path(__file__).parent).parts[0] in _QUICK
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compilation(request):
-    """Compiles at LLVM's level 0 what is not about bits; XLA's own passes are all there."""
-    folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
-    is_quick = folder not in _COMPILED_AS_BY_USERS
+    """Compiles at LLVM's level 0 in some folders, which takes half the time; on CPU alone."""
+    is_quick = _is_quick(request.path) and jax.default_backend() == "cpu"
     if jax.config.read("jax_disable_most_optimizations") != is_quick:
-        jax.clear_caches()  # functions that are there already were compiled the other way
+        jax.clear_caches()  # what is there already was compiled the other way
         jax.config.update("jax_disable_most_optimizations", is_quick)
 
 
 def pytest_collection_modifyitems(items):
     """The longest test first; tests marked `gpu` are skipped where JAX sees no CUDA device."""
+    items.sort(key=lambda item: _is_quick(item.path))  # what is compiled alike in a row
     items.sort(key=lambda item: not item.nodeid.startswith("tests/train/test_resume.py"))
     if jax.default_backend() == "gpu":
         return

@@ -17,6 +17,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from lowbit_jax.models.rope_scaling import RopeScaling, scale_frequencies
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(
@@ -86,19 +88,23 @@ def _swiglu_bwd(residuals, g):
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rotary_angles(
+    length: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Array, Array]:
     """Cosine and sine of `position * theta^(-2 i / head_dim)`.
 
     Args:
       length: Number of positions `t`, from 0.
       head_dim: Even width of a head.
       theta: Base of the geometric sequence of frequencies.
+      scaling: What changes the frequencies, see `models.rope_scaling`.
 
     Returns:
       Two float32 arrays `(t, head_dim // 2)`; angles are float32 too, since bfloat16 cannot tell
       position 257 from 258.
     """
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequency = scale_frequencies(frequency, scaling)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
     # The barrier makes the tables once a step; else they may be fused, cosines and all, into every
     # pass that reads them.

@@ -28,6 +28,7 @@ from lowbit_jax.models.linear import (
     resolve_recipes,
 )
 from lowbit_jax.models.recompute import SAVED_AS, dropped_names, recomputing
+from lowbit_jax.models.rope_scaling import RopeScaling
 from lowbit_jax.ops.attention import attention
 from lowbit_jax.ops.cross_entropy import linear_cross_entropy
 from lowbit_jax.ops.dispatch import check_implementation
@@ -52,15 +53,22 @@ class LlamaConfig:
 
     Attributes:
       vocab_size: Rows of the embedding and of the head.
-      d_model: Width `d` of the residual stream; a multiple of `n_heads`.
+      d_model: Width `d` of the residual stream; a multiple of `n_heads`, or `d_head` says how wide
+        a head is.
       n_layers: Blocks.
-      n_heads: Query heads; `d_model / n_heads` must be even.
+      n_heads: Query heads.
       n_kv_heads: Key and value heads, a divisor of `n_heads`; `None`: as many.
       d_ff: Width of the MLP; `None`: `8 d / 3`, rounded up to a multiple of 256.
+      d_head: Width of a head, even; `None`: `d_model / n_heads`.
       rope_theta: Base of the rotary frequencies.
+      rope_scaling: `LinearRopeScaling`, `Llama3RopeScaling` or `None`, see `models.rope_scaling`.
       norm_eps: Added to the mean square in every norm.
       tie_embeddings: Whether the embedding serves as the head.
       qkv_bias: Whether the query, key and value projections add a bias, as those of Qwen2.5 do.
+      qk_norm: Whether queries and keys are normalized head by head, before they are turned, as
+        those of Qwen3 are.
+      attention_window: Most recent tokens that the published model sees at once; `None`: all. It
+        only bounds the length of a sequence: up to it, a window and plain attention are the same.
       dtype: `"bfloat16"` or `"float32"`: of activations and of the operands of products. On a GPU
         float32 products of the blocks are TF32 unless `jax.default_matmul_precision` says else.
       recipe_rules: See `resolve_recipes`; a matrix that no rule matches is not quantized.
@@ -85,10 +93,14 @@ class LlamaConfig:
     n_heads: int
     n_kv_heads: int | None = None
     d_ff: int | None = None
+    d_head: int | None = None
     rope_theta: float = 1e4
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False
+    qk_norm: bool = False
+    attention_window: int | None = None
     dtype: str = "bfloat16"
     recipe_rules: RecipeRules = ()
     implementation: str | None = None
@@ -99,21 +111,24 @@ class LlamaConfig:
     offload_residuals: bool = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "mlp_width"):
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "mlp_width")
+        given = [name for name in ("d_head", "attention_window") if getattr(self, name) is not None]
+        for name in (*sizes, *given):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"LlamaConfig: {name} must be at least 1, got {getattr(self, name)};"
                     " choose a positive size."
                 )
-        if self.d_model % self.n_heads:
+        if self.d_head is None and self.d_model % self.n_heads:
             raise ValueError(
                 "LlamaConfig: d_model must be a multiple of n_heads, got"
-                f" {self.d_model} and {self.n_heads}; choose another number of heads."
+                f" {self.d_model} and {self.n_heads}; choose another number of heads, or set"
+                " d_head."
             )
         if self.head_dim % 2:
             raise ValueError(
-                "LlamaConfig: rotary embeddings turn pairs, so d_model / n_heads must be even,"
-                f" got {self.d_model} / {self.n_heads} = {self.head_dim}; change either."
+                "LlamaConfig: rotary embeddings turn pairs, so the width of a head, d_head or"
+                f" d_model / n_heads, must be even, got {self.head_dim}; change either."
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(
@@ -141,8 +156,8 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
-        return self.d_model // self.n_heads
+        """`d_head` with its default resolved."""
+        return self.d_model // self.n_heads if self.d_head is None else self.d_head
 
     @property
     def kv_heads(self) -> int:
@@ -188,11 +203,13 @@ class Attention(nn.Module):
         q, k, v = (
             y.reshape(b, t, -1, config.head_dim) for y in multiply_all(rows, layers, key=keys[0])
         )
+        if config.qk_norm:
+            q, k = (RMSNorm(config.norm_eps, name=f"{n}_norm")(z) for n, z in (("q", q), ("k", k)))
         q, k = rotate_positions(q, *rotary), rotate_positions(k, *rotary)
         q, k, v = (checkpoint_name(z, "qkv") for z in (q, k, v))
         y = attention(q, k, v, implementation=config.attention)
         layer = config.linear("layers/attention/o_proj", d, ("embed", "heads"))
-        return layer(y.reshape(b * t, d), key=keys[1]).reshape(x.shape)
+        return layer(y.reshape(b * t, -1), key=keys[1]).reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -292,7 +309,8 @@ class Llama(nn.Module):
         A token outside `[0, v)` gives NaN.
 
         Raises:
-          ValueError: If `tokens` are no matrix of integers, or a recipe needs a key and got none.
+          ValueError: If `tokens` are no matrix of integers, or longer than `attention_window`, or a
+            recipe needs a key and got none.
         """
         hidden, head = self._hidden_and_head(tokens)
         weight = head.astype(hidden.dtype)
@@ -305,24 +323,33 @@ class Llama(nn.Module):
         self,
         inputs: Shaped[Array | np.ndarray, "..."],
         targets: Shaped[Array | np.ndarray, "..."],
+        counted: int | None = None,
     ) -> Float[Array, ""]:
         """Mean cross-entropy of `targets` `(b, t)` after `inputs` `(b, t)`: nats a token, float32.
 
-        Call it as `model.apply({"params": params}, inputs, targets, method="loss")`.
+        Call it as `model.apply({"params": params}, inputs, targets, method="loss")`. Of the targets
+        of each sequence the last `counted` are in the mean, or all of them.
 
         Raises:
-          ValueError: As `__call__`, or if the shapes of `inputs` and `targets` differ.
+          ValueError: As `__call__`, if the shapes of `inputs` and `targets` differ, or `counted` is
+            none of their lengths.
         """
         if inputs.shape != targets.shape:
             raise ValueError(
                 "Llama.loss: inputs and targets must have one shape (b, t), got"
                 f" {inputs.shape} and {targets.shape}; targets are inputs one token later."
             )
+        if counted is not None and not 1 <= counted <= inputs.shape[1]:
+            raise ValueError(
+                f"Llama.loss: counted must be 1 to {inputs.shape[1]}, the length of a sequence, got"
+                f" {counted}; None counts all."
+            )
         hidden, head = self._hidden_and_head(inputs)
+        first = 0 if counted is None else inputs.shape[1] - counted
         return linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
+            hidden[:, first:].reshape(-1, hidden.shape[-1]),
             head,
-            jnp.asarray(targets).reshape(-1),
+            jnp.asarray(targets)[:, first:].reshape(-1),
             chunks=self.config.loss_chunks,
         )
 
@@ -340,17 +367,43 @@ class Llama(nn.Module):
         Fetched from the host's memory by itself it would have a gradient by itself, and their sum
         would be taken there.
         """
+        x, rotary, table = self._embed(tokens)
+        x, _ = self.layers(x, self._layer_keys(), rotary)
+        return self.final_norm(x), table if self.config.tie_embeddings else self.head()
+
+    def first_block(
+        self, tokens: Shaped[Array | np.ndarray, "..."]
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """What the first block takes beside its key: embedded tokens, and the rotary angles of all.
+
+        For those who run them one by one: `Block(config).apply({"params": layer}, x, key, rotary)`
+        with one layer of the stacked parameters gives what the next one takes, and None.
+
+        Raises:
+          ValueError: As `__call__`.
+        """
+        x, rotary, _ = self._embed(tokens)
+        return x, rotary
+
+    def _embed(self, tokens) -> tuple[Float[Array, "b t d"], Any, Float[Array, "v d"]]:
+        """Embedded tokens, rotary angles, and the table."""
         config = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "Llama: tokens must be integers (b, t), got"
                 f" {tokens.dtype} {tokens.shape}; add a batch axis or cast to int32."
             )
+        if config.attention_window is not None and tokens.shape[1] > config.attention_window:
+            raise ValueError(
+                "Llama: a sequence must fit into attention_window ="
+                f" {config.attention_window} tokens, got {tokens.shape[1]}; windowed attention is"
+                " computed up to its window only: cut the text into shorter sequences."
+            )
         table = self.embedding()
         x = jnp.take(table, tokens, axis=0).astype(config.dtype)
-        rotary = rotary_angles(tokens.shape[1], config.head_dim, config.rope_theta)
-        x, _ = self.layers(x, self._layer_keys(), rotary)
-        return self.final_norm(x), table if config.tie_embeddings else self.head()
+        length = tokens.shape[1]
+        rotary = rotary_angles(length, config.head_dim, config.rope_theta, config.rope_scaling)
+        return x, rotary, table
 
     def _layer_keys(self) -> Shaped[Array, "layers ..."] | None:
         """One key a layer if any recipe needs one: the same scanned, unrolled and recomputed."""

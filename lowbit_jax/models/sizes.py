@@ -68,7 +68,8 @@ def count_params(config: LlamaConfig) -> dict[str, int]:
     """
     matrices = _block_matrices(config)
     qkv = (config.n_heads + 2 * config.kv_heads) * config.head_dim if config.qkv_bias else 0
-    vectors = (2 * config.n_layers + 1) * config.d_model + config.n_layers * qkv
+    qk_norms = 2 * config.head_dim if config.qk_norm else 0
+    vectors = (2 * config.n_layers + 1) * config.d_model + config.n_layers * (qkv + qk_norms)
     tables = (1 if config.tie_embeddings else 2) * config.vocab_size * config.d_model
     return {
         "total": matrices + vectors + tables,
@@ -82,10 +83,10 @@ def count_params(config: LlamaConfig) -> dict[str, int]:
 def flops_per_token(config: LlamaConfig, seq_len: int) -> int:
     """Floating-point operations of forward and backward, for one token of a sequence of `seq_len`.
 
-    `6 * n + 6 * n_layers * d_model * seq_len`. A multiplication and an addition are two
+    `6 * n + 6 * n_layers * n_heads * head_dim * seq_len`. A multiplication and an addition are two
     operations, and backward costs twice forward: 6 for each of the `n` parameters that multiply,
     blocks and head (the embedding is a look-up). The second term is attention, two products of
-    `d_model * seq_len` forward, of which only the causal half counts. Norms, softmax,
+    `n_heads * head_dim * seq_len` forward, of which only the causal half counts. Norms, softmax,
     quantizers, the optimizer and recomputation count nothing, so that the quotient with a
     device's peak is the model FLOP utilization (MFU).
 
@@ -101,12 +102,12 @@ def flops_by_part(config: LlamaConfig, seq_len: int) -> dict[str, int]:
     return {
         "blocks": 6 * _block_matrices(config),
         "head": 6 * config.vocab_size * config.d_model,
-        "attention": 6 * config.n_layers * config.d_model * seq_len,
+        "attention": 6 * config.n_layers * config.n_heads * config.head_dim * seq_len,
     }
 
 
 def _block_matrices(config: LlamaConfig) -> int:
     """Parameters of the seven matrices, over all layers."""
-    q_and_o = 2 * config.d_model**2
+    q_and_o = 2 * config.d_model * config.n_heads * config.head_dim
     k_and_v = 2 * config.d_model * config.kv_heads * config.head_dim
     return config.n_layers * (q_and_o + k_and_v + 3 * config.d_model * config.mlp_width)

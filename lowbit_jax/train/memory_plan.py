@@ -125,9 +125,10 @@ class MemoryPlan:
         for part, size in self.passing:
             if size:
                 found[part]["passing"] = size
-        if "weights" in self._offloaded and "gradients" not in self._offloaded:
+        clears_early = "weights" in self._offloaded and "gradients" not in self._offloaded
+        if clears_early and (size := sizes["gradients"].matrices):
             # As XLA schedules it: among copies from the host it clears their stacks early.
-            found["loss"]["gradients"] = sizes["gradients"].matrices
+            found["loss"]["gradients"] = size
         return found
 
     @property

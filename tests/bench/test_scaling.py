@@ -19,6 +19,7 @@ def test_a_tiny_run_of_two_simulated_devices_is_saved_and_not_repeated(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # as here
     measure_apart = scaling._measure_apart
 
     def measure(row, tiny):

@@ -18,6 +18,7 @@ from lowbit_jax.optim import (
     adamw_low_precision,
     cage,
     eco,
+    elsa,
     match_paths,
     quartet,
 )
@@ -64,6 +65,10 @@ def cage_case(order):
     return Case(cage, options, ("projection", "total_steps", "silence"))
 
 
+def tree_onto_quarters(tree, importance=None):
+    return jax.tree.map(onto_quarters, tree)
+
+
 def onto_4096ths(x, key):
     return jnp.floor(4096 * x + jax.random.uniform(key, x.shape, x.dtype)) / 4096
 
@@ -82,6 +87,12 @@ CASES = {f"cage_{order}": cage_case(order) for order in ("fused", "coupled", "po
     "eco_sgd": dataclasses.replace(eco_case("sgd"), rosenbrock_rate=0.03),
     "quartet": Case(
         quartet, {"recipe": get_recipe("quest_w4a4_no_hadamard"), "weight_decay": 0.0}, ("recipe",)
+    ),
+    # At a strength for which the pull does not stop the descent of Rosenbrock's valley.
+    "elsa": Case(
+        elsa,
+        {"projection": tree_onto_quarters, "strength": 1e-3, "interval": 2, "max_grad_norm": None},
+        ("projection", "interval", "is_objective_aware", "max_grad_norm"),
     ),
     # Its updates are float32 on purpose: apply_updates_low_precision adds them, then rounds.
     "adamw_low_precision": Case(

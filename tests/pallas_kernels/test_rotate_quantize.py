@@ -459,13 +459,18 @@ def test_no_scale_exceeds_what_the_reference_allows(rule, transform):
     """On the worst rows: those of the transform, of entries of equal magnitude."""
     rotation = None if transform == 1 else Hadamard(transform)
     target = Target(QuantSpec(E2M1, 32, rule), rotation)
-    for size in (1.0, 1.2, 1.45, 1.7, 1.99):
-        matrix = np.asarray(Hadamard(max(transform, 32)).apply(jnp.eye(max(transform, 32))))
-        worst = np.sign(np.concatenate([matrix] * (128 // len(matrix)), axis=1))
-        x = jnp.asarray(size * np.concatenate([worst, np.eye(128)]), jnp.float32)
+
+    @jax.jit
+    def scales_and_allowed(x):
         y = x if rotation is None else rotation.apply(x)
-        scales = np.asarray(quantize(y, target.spec).scales, np.int32).max() - 127
-        allowed = np.log2(largest_scale_of(target, finite_absmax(x)))
+        return quantize(y, target.spec).scales, largest_scale_of(target, finite_absmax(x))
+
+    matrix = np.asarray(Hadamard(max(transform, 32)).apply(jnp.eye(max(transform, 32))))
+    worst = np.sign(np.concatenate([matrix] * (128 // len(matrix)), axis=1))
+    for size in (1.0, 1.2, 1.45, 1.7, 1.99):
+        x = jnp.asarray(size * np.concatenate([worst, np.eye(128)]), jnp.float32)
+        scales, allowed = scales_and_allowed(x)
+        scales, allowed = np.asarray(scales, np.int32).max() - 127, np.log2(allowed)
         assert scales <= allowed <= scales + 1, size
 
 
@@ -477,15 +482,14 @@ def test_nothing_saturates_when_rounded_again(rule, transform):
     rows = Target(QuantSpec(E2M1, 32, rule), rotation)
     matrix = np.sign(Hadamard(128).apply(jnp.eye(128)))
     random = np.random.default_rng(0).choice([-1.0, 1.0], (128, 128))
-    for worst in (matrix, np.outer(matrix[3], matrix[5]), np.outer(random[0], matrix[5]), random):
-        for size in (1.0, 1.46, 1.99):
-            for again in ("absmax_ceil", "rms_nearest"):
-                columns = Target(QuantSpec(E2M1, 32, again), rotation)
-                x = jnp.asarray(size * worst, jnp.float32)
-                out = reference(x, rows, columns, requantize=True)
-                # Exact: nothing is cut off at 57344, the largest number of e5m2.
-                for folded in (out.rows, out.columns):
-                    assert np.abs(folded.values.astype(np.float32)).max() <= 49152, (size, again)
+    worst = (matrix, np.outer(matrix[3], matrix[5]), np.outer(random[0], matrix[5]), random)
+    x = jnp.asarray([size * signs for signs in worst for size in (1.0, 1.46, 1.99)], jnp.float32)
+    for again in ("absmax_ceil", "rms_nearest"):
+        columns = Target(QuantSpec(E2M1, 32, again), rotation)
+        out = jax.jit(jax.vmap(lambda x: reference(x, rows, columns, requantize=True)))(x)  # noqa: B023
+        # Exact: nothing is cut off at 57344, the largest number of e5m2.
+        for folded in (out.rows, out.columns):
+            assert np.abs(folded.values.astype(np.float32)).max() <= 49152, again
 
 
 @needs_mosaic
@@ -540,6 +544,7 @@ def test_reference_takes_what_the_kernel_refuses(rows, columns, options):
     x = Case(rows, columns, dtype=jnp.float32).input()
     out = reference(x, rows, columns, **options)
 
+    @functools.partial(jax.jit, static_argnames="target")
     def values(x, target):
         y = x if target.rotation is None else target.rotation.apply(x)
         return dequantize(quantize(y, target.spec))

@@ -2,9 +2,6 @@ import dataclasses
 import inspect
 import pathlib
 import re
-import socket
-import subprocess
-import sys
 import typing
 
 import pytest
@@ -23,7 +20,6 @@ import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lowbit_jax.parallel.processes import join_processes
-jax.config.update("jax_num_cpu_devices", 2)
 join_processes(sys.argv[1], 2, int(sys.argv[2]))
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 own = np.arange(2, dtype=np.float32) + 10 * jax.process_index()
@@ -120,20 +116,7 @@ def test_one_process_needs_no_others():
     join_processes("localhost:1", 1, 0)
 
 
-def test_two_processes_see_the_devices_of_both():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    ends = [process.communicate(timeout=120) for process in processes]
-    for index, (process, (out, err)) in enumerate(zip(processes, ends, strict=True)):
-        assert process.returncode == 0, err
-        assert out.splitlines()[-1] == f"process {index} of 2: 22.0"
+def test_two_processes_see_the_devices_of_both(run_two):
+    for index, ended in enumerate(run_two(PROGRAM, devices=2)):
+        assert ended.code == 0, ended.err
+        assert ended.out.splitlines()[-1] == f"process {index} of 2: 22.0"

@@ -1,10 +1,5 @@
 """Two processes that decide as one, the second of which fails in the end."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 
 from lowbit_jax.parallel import on_each, on_first, run_together, telling_others
@@ -45,22 +40,9 @@ run_together(main)
 """
 
 
-def test_two_processes_decide_and_end_as_one():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index)],
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    found = [process.communicate(timeout=120) for process in processes]
-    for index, (out, err) in enumerate(found):
+def test_two_processes_decide_and_end_as_one(run_two):
+    found = run_two(PROGRAM, devices=1)
+    for index, (code, out, err) in enumerate(found):
         lines = [line for line in out.splitlines() if "Gloo" not in line]
         # What the first finds all have.
         assert lines[:3] == [str(index == 0), "['read', 0]", "first is 0"], err
@@ -70,10 +52,10 @@ def test_two_processes_decide_and_end_as_one():
         assert lines[4].endswith(": no such folder")
         assert lines[5] == "no such mesh"  # all agree: of no process in particular
         # The one that fails in the end takes the other with it: both know why, and what to do.
-        assert processes[index].returncode == 1
+        assert code == 1
         assert "No space left on device" in err
         assert "start all processes again with the same command" in err.splitlines()[-1]
-    (_, told), (_, failed) = found
+    told, failed = (ended.err for ended in found)
     assert "this process ends with process 1 on" in told
     # One of them has a traceback: the other's would be of the connection that is gone.
     assert "Traceback" in failed

@@ -41,6 +41,9 @@ def loss_fn(params, batch, key):
     return jnp.mean(jnp.square(x @ params["head"]["weight"].T + params["head"]["bias"] - y))
 
 
+loss_of, gradient_of = jax.jit(loss_fn), jax.jit(jax.grad(loss_fn))
+
+
 @pytest.fixture(scope="module")
 def start():
     keys = jax.random.split(jax.random.key(0), 2)
@@ -79,7 +82,7 @@ def parts_of(start, batch, count=DEVICES):
     """The gradient of the rows that a device has at a time, over the number of such parts."""
     rows = np.split(np.arange(BATCH), count)
     parts = [jax.tree.map(lambda x, own=own: x[own], batch) for own in rows]
-    grads = [jax.grad(loss_fn)(start.params, part, jax.random.key(0)) for part in parts]
+    grads = [gradient_of(start.params, part, jax.random.key(0)) for part in parts]
     return [jax.tree.map(lambda g: np.asarray(g) / count, g) for g in grads]
 
 
@@ -103,7 +106,7 @@ def test_errors_are_within_a_step_of_each_device(start, batch, mesh):
     got, loss = gradients_of(step, placement, start, batch)
     parts = parts_of(start, batch)
     exact = jax.tree.map(lambda *g: sum(g), *parts)
-    assert abs(loss - float(loss_fn(start.params, batch, jax.random.key(0)))) <= OFF
+    assert abs(loss - float(loss_of(start.params, batch, jax.random.key(0)))) <= OFF
     # What no device has a part of, and what is no block, is summed in float32.
     np.testing.assert_allclose(got["norm"], exact["norm"], atol=OFF, rtol=0)
     np.testing.assert_allclose(got["head"]["bias"], exact["head"]["bias"], atol=OFF, rtol=0)
@@ -194,10 +197,11 @@ def test_specs_follow_the_first_rule_that_matches():
 def test_formats_never_clip(name):
     x = jnp.linspace(-3.0, 3.0, 64).at[0].set(-7).reshape(2, 32)
     spec = FORMATS[name]
-    q = [dequantize(quantize(x, spec, key=jax.random.key(i))) for i in range(256)]
+    keys = jax.random.split(jax.random.key(0), 256)
+    q = jax.jit(jax.vmap(lambda key: dequantize(quantize(x, spec, key=key))))(keys)
     # Statistical: 64 means of 256, each within 5 standard errors; a step is at most 2/3 of the
     # largest entry, which is met exactly or rounded to both sides.
-    errors = np.stack(q) - np.asarray(x)
+    errors = np.asarray(q) - np.asarray(x)
     error = 5 * errors.std(0) / 16 + 1e-5
     assert np.all(np.abs(errors.mean(0)) <= error)
 

@@ -24,12 +24,21 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def config():
-    return small_config()
+    # Weights on a grid, that there is something to recompute; and little to trace and compile.
+    return small_config(recipe="int4_weights", steps=8)
 
 
 @pytest.fixture(scope="module")
 def as_configured(config):
     return plan_run(config, RunOptions(), None)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The folder of a finished run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    train_quietly(config, run_dir, sample=False, validate=False, save=False)
+    return run_dir
 
 
 def test_without_a_wish_the_run_stays_as_it_is(config, as_configured):
@@ -100,16 +109,13 @@ def test_more_of_the_host_than_it_has_is_warned_of(config, monkeypatch):
     assert "warning" not in str(plan_run(config, RunOptions(), None))
 
 
-def test_a_finished_run_needs_no_plan(config, tmp_path):
-    train_quietly(config, tmp_path, sample=False, validate=False, save=False)
-    summary, said = train_quietly(config, tmp_path, memory_gib=1e-4, validate=False)
+def test_a_finished_run_needs_no_plan(config, whole):
+    summary, said = train_quietly(config, whole, memory_gib=1e-4, validate=False)
     assert "holds this run, finished" in said
     assert summary.steps == config.steps
 
 
-def test_a_run_goes_on_under_another_plan(config, as_configured, tmp_path):
-    whole, tmp_path = tmp_path / "whole", tmp_path / "two plans"
-    train_quietly(config, whole, sample=False, validate=False, save=False)
+def test_a_run_goes_on_under_another_plan(config, as_configured, whole, tmp_path):
     with pytest.raises(Interrupted):
         train_quietly(config, tmp_path, stop_after=2, validate=False)
     # A few bytes too little for the plan as it was: the next one keeps less.

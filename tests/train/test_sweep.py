@@ -458,6 +458,7 @@ def test_a_sweep_of_real_runs_ends_with_a_table(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     small = {**SMALL, "recipe": "bf16", "cage_total_strength": 0.0}
     rows = [
         Row("base", str(CONFIG), small, stop_after=7),

@@ -1,0 +1,111 @@
+"""Compressed blocks in a folder, each whole or not at all."""
+
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+_SETTINGS = "settings.json"
+_WRITING = ".writing"  # of files that are not finished
+
+
+class KeptBlocks:
+    """A folder of `block_000.npz`, ..., and the settings that they were made with.
+
+    A file is written beside its place and then moved there, so that a kill leaves no part of one.
+    Settings bind from the first block on.
+
+    Raises:
+      ValueError: If the folder holds blocks of other settings, or is one of something else.
+    """
+
+    def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
+        self._folder = folder
+        text = json.dumps(dict(settings), indent=1, sort_keys=True) + "\n"
+        path = folder / _SETTINGS
+        names = {file.name for file in folder.glob("*")} if folder.exists() else set()
+        if names and _SETTINGS not in names and not all(n.endswith(_WRITING) for n in names):
+            raise ValueError(
+                f"compress_blocks: {folder} holds other files and no {_SETTINGS}; choose an empty"
+                " folder."
+            )
+        has_blocks = any(name.startswith("block_") for name in names)
+        if has_blocks and (found := path.read_text()) != text:
+            raise ValueError(
+                f"compress_blocks: {folder} was begun with other settings,"
+                f" {_difference(found, text)}; go on with those, or choose another folder."
+            )
+        if not has_blocks:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(path, lambda file: file.write(text.encode()))
+
+    def save(self, index: int, tree: PyTree, notes: Mapping[str, Any]) -> None:
+        """Writes the arrays of a block, and what is said of it, plain data for JSON."""
+        arrays = {"notes": np.frombuffer(json.dumps(dict(notes)).encode(), np.uint8)}
+        for number, leaf in enumerate(jax.tree.leaves(tree)):
+            # As bytes: npz knows neither bfloat16 nor float8.
+            arrays[f"{number}"] = np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint8)
+        _replace(self._path(index), lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+    def __contains__(self, index: int) -> bool:
+        """Whether a block is there."""
+        return self._path(index).exists()
+
+    def load(self, index: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """What `save` wrote.
+
+        Args:
+          index: Of the block.
+          like: Its shapes and dtypes.
+
+        Raises:
+          ValueError: If the file is damaged or of other shapes.
+        """
+        path = self._path(index)
+        leaves, treedef = jax.tree.flatten(like)
+        try:
+            with np.load(path) as file:
+                found = [
+                    file[f"{number}"].view(leaf.dtype).reshape(leaf.shape)
+                    for number, leaf in enumerate(leaves)
+                ]
+                notes = json.loads(file["notes"].tobytes())
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"compress_blocks: {path} cannot be read ({type(error).__name__}: {error}); delete"
+                " it, and the block is compressed anew."
+            ) from error
+        return treedef.unflatten(found), notes
+
+    def _path(self, index: int) -> pathlib.Path:
+        return self._folder / f"block_{index:03d}.npz"
+
+
+def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
+    temporary = path.with_name(f".{path.name}{_WRITING}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _difference(found: str, wanted: str) -> str:
+    """The first setting that differs."""
+    try:
+        old, new = json.loads(found), json.loads(wanted)
+        names = sorted({*old, *new})
+        name = next(name for name in names if old.get(name) != new.get(name))
+    except (ValueError, StopIteration, TypeError):
+        return "which cannot be read"
+    return f"{name} = {old.get(name)!r} where it is {new.get(name)!r} now"

@@ -1,0 +1,82 @@
+"""Perplexity of a model on a text.
+
+Example:
+    python scripts/evaluate.py MODEL --text corpus.txt --window 512 --max-tokens 100000
+    python scripts/evaluate.py MODEL --text corpus.txt --activations mxfp4 --rotation 32
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from lowbit_jax.models import Llama, llama_rules
+from lowbit_jax.models.pretrained import load_pretrained
+from lowbit_jax.numerics import PRESETS
+from lowbit_jax.ops.dot_recipe import DotRecipe
+from lowbit_jax.ptq.perplexity import perplexity
+from lowbit_jax.ptq.texts import read_tokens, tokenizer_of
+from lowbit_jax.rotations import Hadamard
+
+
+def main(
+    model: tyro.conf.Positional[pathlib.Path],
+    text: tuple[str, ...],
+    tokenizer: str | None = None,
+    window: int = 2048,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    dtype: str = "bfloat16",
+    activations: str | None = None,
+    rotation: int | None = None,
+) -> int:
+    """Predicts a text and prints the perplexity, with the window, stride and tokens that it is of.
+
+    Args:
+      model: Directory as Hugging Face lays it out, or a GGUF file.
+      text: Files or directories: text, JSON lines or parquet, compressed or not.
+      tokenizer: Another one than the model's: a tokenizer.json, or "bytes".
+      window: Tokens that the model sees at once.
+      stride: By which the window moves; None: the window.
+      max_tokens: Of the text; None: all.
+      batch_size: Windows side by side.
+      dtype: Of the computation, bfloat16 or float32.
+      activations: Format of the inputs of the matrices of all blocks, a name in
+        lowbit_jax.numerics.PRESETS in lower case; None: not quantized.
+      rotation: Block of a Hadamard transform of inputs, and of weights, before that.
+    """
+    try:
+        presets = {name.lower(): s for name, s in PRESETS.items() if not s.needs_key}
+        if activations is None and rotation is not None:
+            raise ValueError("--rotation is for --activations, which are not quantized.")
+        if activations is not None and activations not in presets:
+            raise ValueError(
+                f"--activations: must be one of {', '.join(presets)}, got {activations!r}."
+            )
+        # What is rotated once more keeps its grid in float32 only.
+        loaded = load_pretrained(model, dtype, param_dtype=dtype if rotation is None else "float32")
+        llama = loaded.model
+        if activations is not None:
+            hadamard = None if rotation is None else Hadamard(rotation)
+            rules = llama_rules(DotRecipe(y_x=presets[activations], rotation=hadamard))
+            llama = Llama(dataclasses.replace(llama.config, recipe_rules=rules))
+        tokens = read_tokens(text, tokenizer_of(model, loaded, tokenizer), max_tokens)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("windows", total=None)
+            found = perplexity(
+                llama, loaded.params, tokens, window=window, stride=stride, batch_size=batch_size,
+                on_batch=lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, description=__doc__))

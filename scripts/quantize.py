@@ -1,0 +1,146 @@
+"""Quantizes a model: from a directory (or GGUF file) to a directory.
+
+Example:
+    python scripts/quantize.py MODEL --out OUT --format mxfp4 --method mr_gptq --text corpus.txt
+    python scripts/quantize.py MODEL --out OUT --format nvfp4 --method rtn --text corpus.txt
+    python scripts/quantize.py MODEL --out OUT --format int4 --block-size 32 --method gptq ...
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import sys
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from lowbit_jax.data.tokenizers import BPETokenizer
+from lowbit_jax.models import Llama
+from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
+from lowbit_jax.numerics import PRESETS
+from lowbit_jax.ptq.calibrate import compress_blocks
+from lowbit_jax.ptq.methods import (
+    Method,
+    Solver,
+    activation_rules,
+    bits_per_weight,
+    compression_of,
+    quantized_params,
+)
+from lowbit_jax.ptq.report import REPORTS, save_report
+from lowbit_jax.ptq.texts import calibration_batches, read_tokens, tokenizer_of
+
+
+def main(
+    model: tyro.conf.Positional[pathlib.Path],
+    out: pathlib.Path,
+    format: str,
+    text: tuple[str, ...],
+    method: Solver = "mr_gptq",
+    block_size: int | None = None,
+    rotation: int | None = None,
+    activations: str | None = None,
+    samples: int = 128,
+    length: int = 512,
+    batch_size: int = 8,
+    calibration_tokens: int = 1_000_000,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    work: pathlib.Path | None = None,
+) -> int:
+    """Quantizes the seven matrices of each block, one block after another.
+
+    The directory holds the weights at their quantized values, in the original basis and in float32,
+    which any loader reads; report.json, report.txt and report.png say what each matrix lost.
+
+    Args:
+      model: Directory as Hugging Face lays it out, or a GGUF file.
+      out: Directory to write.
+      format: Of the weights, a name in lowbit_jax.numerics.PRESETS in lower case.
+      text: To calibrate with: files or directories.
+      method: rtn, gptq, mr_gptq, wush or wush_rtn, see lowbit_jax/ptq/methods.py.
+      block_size: Of the format; None: its own.
+      rotation: Block of a Hadamard transform before the solver; None: none, of mr_gptq its own.
+      activations: Format of the inputs of all products while the model is calibrated; None: not
+        quantized.
+      samples: Calibration windows.
+      length: Tokens of each.
+      batch_size: Windows side by side.
+      calibration_tokens: Of the text, from which windows are drawn.
+      seed: Of the places of windows.
+      tokenizer: Another one than the model's: a tokenizer.json of byte-level BPE, or "bytes".
+      dtype: Of the computation, float32 or bfloat16.
+      work: Folder in which blocks are kept, so that a killed run goes on; None: OUT.work, which is
+        removed at the end.
+    """
+    try:
+        kept = out.absolute().with_name(f"{out.absolute().name}.work") if work is None else work
+        presets = {name.lower(): spec for name, spec in PRESETS.items()}
+        for name in (format, activations):
+            if name is not None and name not in presets:
+                raise ValueError(f"formats are {', '.join(presets)}, got {name!r}.")
+        spec = presets[format]
+        if block_size is not None:
+            spec = dataclasses.replace(spec, block_size=block_size)
+        inputs = None if activations is None else presets[activations]
+        how = Method(method, spec, activations=inputs, rotation=rotation)
+        if is_finished_but_for_reports(out, kept):
+            return finish(out, kept, removes=work is None)
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
+        loaded = load_pretrained(model, dtype, on_host=True)
+        rules = activation_rules(how)
+        llama = Llama(dataclasses.replace(loaded.model.config, recipe_rules=rules))
+        found = tokenizer_of(model, loaded, tokenizer)
+        carried = loaded.tokenizer_path if tokenizer is None else None
+        if carried is None and isinstance(found, BPETokenizer):
+            carried = found.model
+        tokens = read_tokens(text, found, calibration_tokens)
+        batches = calibration_batches(tokens, samples, length, batch_size, seed)
+        compression = compression_of(how)
+        blocks = []
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("blocks", total=llama.config.n_layers)
+            for block in compress_blocks(
+                llama,
+                loaded.params,
+                batches,
+                compression,
+                folder=kept,
+                settings={"method": repr(how)},
+            ):
+                blocks.append(block)
+                bar.advance(task)
+        params = quantized_params(loaded.params, blocks, compression)
+        settings = {
+            "model": str(model), "method": repr(how), "text": list(text), "samples": samples,
+            "length": length, "batch_size": batch_size, "calibration_tokens": calibration_tokens,
+            "seed": seed, "dtype": dtype, "bits_per_weight": bits_per_weight(blocks),
+        }  # fmt: skip
+        save_report(kept, [report for block in blocks for report in block.reports], settings)
+        save_pretrained(out, loaded.model, params, tokenizer=carried, metadata=loaded.metadata)
+        return finish(out, kept, removes=work is None)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def is_finished_but_for_reports(out: pathlib.Path, kept: pathlib.Path) -> bool:
+    done = (out / "config.json").exists() and not (out / REPORTS[-1]).exists()
+    return done and all((kept / name).exists() for name in REPORTS)
+
+
+def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
+    for name in REPORTS:
+        shutil.copyfile(kept / name, out / name)
+    if removes:
+        shutil.rmtree(kept)
+    print((out / "report.txt").read_text(), end="")
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, description=__doc__))
