@@ -166,7 +166,7 @@ def write_safetensors(
                         f"write_safetensors: {name} was announced as {entry.dtype} {entry.shape},"
                         f" got {array.dtype} {array.shape}; announce what is written."
                     )
-                file.write(array.reshape(-1).view(np.uint8))
+                file.write(array.reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
