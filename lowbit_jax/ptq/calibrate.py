@@ -91,7 +91,7 @@ class CompressedBlock(NamedTuple):
 def compress_blocks(
     model: Llama,
     params: Mapping[str, Any],
-    batches: Sequence[Shaped[np.ndarray, "b t"]],
+    batches: Sequence[Shaped[np.ndarray, "..."]],
     compression: Compression,
     *,
     folder: pathlib.Path | None = None,
