@@ -19,6 +19,7 @@ from lowbit_jax.train.config import Config, RunIdentity, RunOptions, UsageError,
 from lowbit_jax.train.evaluate import Evaluation
 from lowbit_jax.train.feed import held_out_batches, train_batches
 from lowbit_jax.train.interrupts import Interrupted, StopRequest, listen_for_signals
+from lowbit_jax.train.offender import first_offender
 from lowbit_jax.train.phase import Phase
 from lowbit_jax.train.placement import open_mesh
 from lowbit_jax.train.planning import RunPlan, compiled_memory, plan_run
@@ -32,7 +33,7 @@ from lowbit_jax.train.processes import (
 from lowbit_jax.train.run_directory import RunDirectory, versions
 from lowbit_jax.train.start import initial_state, place_run
 from lowbit_jax.train.state import TrainState, nonfinite_leaves
-from lowbit_jax.train.step import Metrics, first_offender
+from lowbit_jax.train.step import Metrics
 from lowbit_jax.train.summary import Summary, summarize
 from lowbit_jax.train.tracking import MetricsLog, Progress, Throughput, read_metrics
 
@@ -214,7 +215,7 @@ class _Run:
                 float, jax.device_get((metrics.loss, metrics.grad_norm, metrics.learning_rate))
             )
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                where = first_offender(metrics, state.params, self.phases[0].plan)
+                where = first_offender(metrics, state.params, self.phases[0].plan.stacked)
                 raise Diverged(
                     f"train: step {step} is not finite in {where}. Nothing was saved from it on;"
                     f" the checkpoints in {self.run.checkpoints} are from before. The run would"

@@ -1,6 +1,5 @@
 """One optimizer step as a single compiled function."""
 
-import functools
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -30,7 +28,6 @@ from lowbit_jax.train.placement import Placement, placed_use
 from lowbit_jax.train.sliceable import check_sliceable
 from lowbit_jax.train.state import TrainState, leaf_paths
 from lowbit_jax.train.streaming import (
-    Group,
     Streams,
     add,
     host_zeros,
@@ -133,7 +130,7 @@ def make_train_step(
     `optax.apply_updates`, all others with stochastic rounding.
 
     A loss or gradient that is not finite leaves `params` and `opt_state` exactly as they were;
-    `step` still counts. The caller sees it in the metrics and stops (`first_offender`).
+    `step` still counts. The caller sees it in the metrics and stops (`offender.first_offender`).
 
     Args:
       model: Module with a method `loss(inputs, targets)`, or a loss function.
@@ -291,38 +288,6 @@ def make_train_step(
     )
 
 
-def first_offender(metrics: Metrics, params: PyTree, plan: StepPlan = StepPlan()) -> str:
-    """Says where a step that was not finite went wrong, from the norms that it returned.
-
-    A parameter that is not finite is named first, in the order of the layers. Otherwise the
-    backward pass made it: it runs from the last layer to the first and spoils everything after
-    the place where it went wrong, so the gradient of the last layer that is not finite is named.
-
-    Args:
-      metrics: Of the step that went wrong.
-      params: As they were before that step.
-      plan: The step's plan.
-    """
-    values = dequantize_leaves(params)
-    places = jax.tree.map(lambda x: x.sharding, values)
-    groups = make_groups(values, plan.stacked, places)
-    norms = jax.device_get(_leaf_norms(values, groups, plan.stacked))
-    bad_params = _nonfinite(norms)
-    bad_grads = _nonfinite(jax.device_get(metrics.leaf_norms))
-    if bad_params:
-        where = "parameter " + min(bad_params, key=lambda found: found[1])[0]
-    elif bad_grads and np.isfinite(metrics.loss):
-        where = "gradient of " + max(bad_grads, key=lambda found: found[1])[0]
-    elif bad_grads:
-        where = "the forward pass (all parameters are finite, the loss is not)"
-    else:
-        where = "the loss or the global norm alone; every tensor is finite"
-    return (
-        f"{where}; loss {float(metrics.loss):g}, {len(bad_grads)} of"
-        f" {len(leaf_paths(metrics.leaf_norms))} gradient tensors not finite"
-    )
-
-
 def _groups(weights: tuple[tuple[str, DotRecipe], ...]) -> list[tuple[DotRecipe, Callable]]:
     """The recipes of `weights`, each with the mask of its leaves."""
     paths: dict[DotRecipe, list[str]] = {}
@@ -331,25 +296,8 @@ def _groups(weights: tuple[tuple[str, DotRecipe], ...]) -> list[tuple[DotRecipe,
     return [(recipe, match_paths(*found)) for recipe, found in paths.items()]
 
 
-def _nonfinite(norms: PyTree) -> list[tuple[str, tuple[int, int]]]:
-    """Names of the bad tensors with their place in the forward pass (rank, layer)."""
-    rank = {"embedding": 0, "final_norm": 2, "head": 3}  # stacked layers, and all else: 1
-    found = []
-    for path, norm in leaf_paths(norms):
-        bad = np.flatnonzero(~np.isfinite(np.atleast_1d(norm)))
-        names = [path] if np.ndim(norm) == 0 else [f"{path}, layer {layer}" for layer in bad]
-        place = rank.get(path.split("/")[0], 1)
-        found += [(name, (place, int(layer))) for name, layer in zip(names, bad, strict=False)]
-    return found
-
-
 def _global_norm(squares: PyTree) -> Float[Array, ""]:
     return jnp.sqrt(sum(jnp.sum(s) for s in jax.tree.leaves(squares)))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _leaf_norms(tree: PyTree, groups: tuple[Group, ...], stacked: str) -> PyTree:
-    return jax.tree.map(jnp.sqrt, leaf_squares(tree, groups, stacked))
 
 
 def _cut_batch(x: Array, parts: int) -> Array:

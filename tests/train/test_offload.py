@@ -28,6 +28,7 @@ from lowbit_jax.parallel import make_mesh
 from lowbit_jax.train import offload, streaming
 from lowbit_jax.train.config import RunOptions, UsageError, parse_command
 from lowbit_jax.train.interrupts import Interrupted
+from lowbit_jax.train.offender import first_offender
 from lowbit_jax.train.offload import (
     OFFLOADABLE,
     draw_slowly,
@@ -40,13 +41,7 @@ from lowbit_jax.train.placement import make_placement, open_mesh
 from lowbit_jax.train.planning import offloadable, plan_run
 from lowbit_jax.train.sliceable import check_sliceable
 from lowbit_jax.train.state import create_state, leaf_paths, nonfinite_leaves
-from lowbit_jax.train.step import (
-    Metrics,
-    StepPlan,
-    first_offender,
-    loss_function,
-    make_train_step,
-)
+from lowbit_jax.train.step import Metrics, StepPlan, loss_function, make_train_step
 from lowbit_jax.train.summary import quantization_error
 from lowbit_jax.train.tracking import read_metrics
 

@@ -6,8 +6,9 @@ import optax
 import pytest
 
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
+from lowbit_jax.train.offender import first_offender
 from lowbit_jax.train.state import abstract_state, create_state
-from lowbit_jax.train.step import StepPlan, first_offender, make_train_step
+from lowbit_jax.train.step import StepPlan, make_train_step
 
 LAYERS, WIDTH, BATCH = 3, 8, 8
 

@@ -18,8 +18,9 @@ from lowbit_jax.optim import (
     quantize_leaves,
 )
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
+from lowbit_jax.train.offender import first_offender
 from lowbit_jax.train.state import abstract_state, create_state
-from lowbit_jax.train.step import StepPlan, first_offender, make_train_step
+from lowbit_jax.train.step import StepPlan, make_train_step
 
 LAYERS, WIDTH, BATCH = 2, 32, 8
 STACKED = match_paths("layers/weight")
