@@ -3,6 +3,7 @@
 Example:
     python scripts/evaluate.py MODEL --text corpus.txt --window 512 --max-tokens 100000
     python scripts/evaluate.py MODEL --text corpus.txt --activations mxfp4 --rotation 32
+    python scripts/evaluate.py QUANTIZED --text corpus.txt --activations none
 """
 
 import dataclasses
@@ -17,7 +18,9 @@ from lowbit_jax.models import Llama, llama_rules
 from lowbit_jax.models.pretrained import load_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ops.dot_recipe import DotRecipe
+from lowbit_jax.ptq.methods import with_activations
 from lowbit_jax.ptq.perplexity import perplexity
+from lowbit_jax.ptq.quantized_directory import is_quantized_directory, load_quantized
 from lowbit_jax.ptq.texts import read_tokens, tokenizer_of
 from lowbit_jax.rotations import Hadamard
 
@@ -37,7 +40,8 @@ def main(
     """Predicts a text and prints the perplexity, with the window, stride and tokens that it is of.
 
     Args:
-      model: Directory as Hugging Face lays it out, or a GGUF file.
+      model: Directory as Hugging Face lays it out, or a GGUF file. Codes of scripts/quantize.py are
+        multiplied as codes, inputs transformed as they were when the model was quantized.
       text: Files or directories: text, JSON lines or parquet, compressed or not.
       tokenizer: Another one than the model's: a tokenizer.json, or "bytes".
       window: Tokens that the model sees at once.
@@ -46,29 +50,39 @@ def main(
       batch_size: Windows side by side.
       dtype: Of the computation, bfloat16 or float32.
       activations: Format of the inputs of the matrices of all blocks, a name in
-        lowbit_jax.numerics.PRESETS in lower case; None: not quantized.
-      rotation: Block of a Hadamard transform of inputs, and of weights, before that.
+        lowbit_jax.numerics.PRESETS in lower case; "none": not quantized; None: as a directory of
+        codes says, else not quantized.
+      rotation: Block of a Hadamard transform of inputs, and of weights, before that. Codes bring
+        their own.
     """
     try:
         presets = {name.lower(): s for name, s in PRESETS.items() if not s.needs_key}
-        if activations is None and rotation is not None:
-            raise ValueError("--rotation is for --activations, which are not quantized.")
-        if activations is not None and activations not in presets:
+        is_coded = is_quantized_directory(model)
+        if activations not in (None, "none", *presets):
             raise ValueError(
-                f"--activations: must be one of {', '.join(presets)}, got {activations!r}."
+                f"--activations: must be none or one of {', '.join(presets)}, got {activations!r}."
+            )
+        spec = presets.get(activations or "none")
+        if rotation is not None and (spec is None or is_coded):
+            raise ValueError(
+                "--rotation is for --activations, which are not quantized, or come with codes."
             )
         # What is rotated once more keeps its grid in float32 only.
-        loaded = load_pretrained(model, dtype, param_dtype=dtype if rotation is None else "float32")
-        llama = loaded.model
-        if activations is not None:
+        param_dtype = dtype if rotation is None else "float32"
+        load = load_quantized if is_coded else load_pretrained
+        loaded = load(model, dtype, param_dtype=param_dtype)
+        llama, params = loaded.model, loaded.params
+        if is_coded and activations is not None:
+            params = with_activations(params, spec)
+        elif spec is not None:
             hadamard = None if rotation is None else Hadamard(rotation)
-            rules = llama_rules(DotRecipe(y_x=presets[activations], rotation=hadamard))
+            rules = llama_rules(DotRecipe(y_x=spec, rotation=hadamard))
             llama = Llama(dataclasses.replace(llama.config, recipe_rules=rules))
         tokens = read_tokens(text, tokenizer_of(model, loaded, tokenizer), max_tokens)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("windows", total=None)
             found = perplexity(
-                llama, loaded.params, tokens, window=window, stride=stride, batch_size=batch_size,
+                llama, params, tokens, window=window, stride=stride, batch_size=batch_size,
                 on_batch=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
     except (ValueError, OSError) as error:

@@ -1,8 +1,8 @@
-"""Quantizes a model: from a directory (or GGUF file) to a directory.
+"""Quantizes a model: from a directory (or GGUF file) to a directory of codes.
 
 Example:
     python scripts/quantize.py MODEL --out OUT --format mxfp4 --method mr_gptq --text corpus.txt
-    python scripts/quantize.py MODEL --out OUT --format nvfp4 --method rtn --text corpus.txt
+    python scripts/quantize.py MODEL --out OUT --format nvfp4 --method gptq --text corpus.txt
     python scripts/quantize.py MODEL --out OUT --format int4 --block-size 32 --method gptq ...
 """
 
@@ -10,25 +10,29 @@ import dataclasses
 import pathlib
 import shutil
 import sys
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from lowbit_jax.data.tokenizers import BPETokenizer
-from lowbit_jax.models import Llama
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ptq.calibrate import compress_blocks
+from lowbit_jax.ptq.export import input_absmax, save_quantized
 from lowbit_jax.ptq.methods import (
     Method,
     Solver,
-    activation_rules,
     bits_per_weight,
+    calibration_model,
     compression_of,
+    quantized_model,
     quantized_params,
 )
+from lowbit_jax.ptq.quantized_directory import describe_directory, is_quantized_directory
 from lowbit_jax.ptq.report import REPORTS, save_report
+from lowbit_jax.ptq.shared_scales import sharing_scales
 from lowbit_jax.ptq.texts import calibration_batches, read_tokens, tokenizer_of
 
 
@@ -41,6 +45,8 @@ def main(
     block_size: int | None = None,
     rotation: int | None = None,
     activations: str | None = None,
+    store: Literal["codes", "floats"] = "codes",
+    rest_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     samples: int = 128,
     length: int = 512,
     batch_size: int = 8,
@@ -52,8 +58,8 @@ def main(
 ) -> int:
     """Quantizes the seven matrices of each block, one block after another.
 
-    The directory holds the weights at their quantized values, in the original basis and in float32,
-    which any loader reads; report.json, report.txt and report.png say what each matrix lost.
+    The directory holds packed codes and scales, in a layout of compressed-tensors where there is
+    one; report.json, report.txt and report.png say what each matrix lost.
 
     Args:
       model: Directory as Hugging Face lays it out, or a GGUF file.
@@ -63,8 +69,11 @@ def main(
       method: rtn, gptq, mr_gptq, wush or wush_rtn, see lowbit_jax/ptq/methods.py.
       block_size: Of the format; None: its own.
       rotation: Block of a Hadamard transform before the solver; None: none, of mr_gptq its own.
-      activations: Format of the inputs of all products while the model is calibrated; None: not
-        quantized.
+      activations: Format of the inputs of all products, while the model is calibrated and of the
+        model that is written; None: not quantized.
+      store: codes, or floats: the weights at their quantized values, in the original basis and in
+        float32, which any loader of float models reads; inputs are then not quantized.
+      rest_dtype: Of what is not quantized, beside codes: embedding, head, norms and biases.
       samples: Calibration windows.
       length: Tokens of each.
       batch_size: Windows side by side.
@@ -91,8 +100,6 @@ def main(
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
         loaded = load_pretrained(model, dtype, on_host=True)
-        rules = activation_rules(how)
-        llama = Llama(dataclasses.replace(loaded.model.config, recipe_rules=rules))
         found = tokenizer_of(model, loaded, tokenizer)
         carried = loaded.tokenizer_path if tokenizer is None else None
         if carried is None and isinstance(found, BPETokenizer):
@@ -100,27 +107,37 @@ def main(
         tokens = read_tokens(text, found, calibration_tokens)
         batches = calibration_batches(tokens, samples, length, batch_size, seed)
         compression = compression_of(how)
+        if not how.is_wush:  # which has a transform, and scales, for each matrix
+            compression = sharing_scales(compression)
+        if how.hadamard is not None:
+            compression = compression._replace(transform_inputs=how.hadamard.apply)
         blocks = []
         with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("blocks", total=llama.config.n_layers)
+            task = bar.add_task("blocks", total=loaded.model.config.n_layers)
             for block in compress_blocks(
-                llama,
+                calibration_model(loaded.model, how),
                 loaded.params,
                 batches,
                 compression,
                 folder=kept,
-                settings={"method": repr(how)},
+                settings={"method": repr(how), "shares_scales": not how.is_wush},
             ):
                 blocks.append(block)
                 bar.advance(task)
-        params = quantized_params(loaded.params, blocks, compression)
         settings = {
             "model": str(model), "method": repr(how), "text": list(text), "samples": samples,
             "length": length, "batch_size": batch_size, "calibration_tokens": calibration_tokens,
             "seed": seed, "dtype": dtype, "bits_per_weight": bits_per_weight(blocks),
         }  # fmt: skip
         save_report(kept, [report for block in blocks for report in block.reports], settings)
-        save_pretrained(out, loaded.model, params, tokenizer=carried, metadata=loaded.metadata)
+        rest = {"tokenizer": carried, "metadata": loaded.metadata}
+        if store == "codes":
+            coded = quantized_model(loaded.model, loaded.params, blocks, how)
+            absmax = input_absmax(blocks)
+            save_quantized(out, *coded, input_absmax=absmax, dtype=rest_dtype, **rest)
+        else:
+            params = quantized_params(loaded.params, blocks, compression)
+            save_pretrained(out, loaded.model, params, **rest)
         return finish(out, kept, removes=work is None)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -138,7 +155,7 @@ def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
     if removes:
         shutil.rmtree(kept)
     print((out / "report.txt").read_text(), end="")
-    print(f"wrote {out}")
+    print(f"wrote {out}" + (f": {describe_directory(out)}" if is_quantized_directory(out) else ""))
     return 0
 
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from lowbit_jax.bench.memory_case import Case, MemoryRow, row_of
-from lowbit_jax.train.checkpoint import write_atomically
+from lowbit_jax.files import write_atomically
 from lowbit_jax.train.memory_plan import show_bytes
 
 FILE = "memory.json"

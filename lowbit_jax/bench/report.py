@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import rich.box
 from rich.table import Table
 
-from lowbit_jax.train.checkpoint import write_atomically
+from lowbit_jax.files import write_atomically
 from pallas_kernels.measurement import Measurement, data_sheet, show_rate, show_time
 
 FILE = "bench.json"

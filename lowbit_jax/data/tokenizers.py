@@ -1,4 +1,6 @@
-"""Text to token numbers and back: bytes, or byte-level BPE through the `tokenizers` package.
+"""Text to token numbers and back: bytes, or BPE through the `tokenizers` package.
+
+The BPE is byte-level (GPT-2, Llama 3, Qwen) or SentencePiece's (Llama 2, Mistral).
 
 All of them put `end_of_text` after a document (not `encode` does, the writer of datasets does), and
 decode it to nothing, so that the bytes of the decoded tokens are the bytes of the text.
@@ -7,13 +9,15 @@ decode it to nothing, so that the bytes of the decoded tokens are the bytes of t
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int, Integer, UInt
+
+from lowbit_jax.data import sentencepiece
 
 END_OF_TEXT = "<|endoftext|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
@@ -115,19 +119,30 @@ class ByteTokenizer:
 
 @dataclass(frozen=True)
 class BPETokenizer:
-    """A byte-level BPE: every byte string has tokens, and every token is a string of bytes.
+    """A BPE of bytes: every byte string has tokens, and every token is a string of bytes.
 
     Made by `load_tokenizer` or `train_bpe`. Input that is not UTF-8 is a ValueError: the package
     takes text only, and replacing bytes would spoil their count.
+
+    SentencePiece's puts a space before every text, which `decode` takes away again: the bytes of
+    the tokens, as `byte_lengths` has them, are one more than those of the text.
     """
 
     name: str
     vocab_size: int  # one more than the largest number of a token or special token
-    end_of_text: int | None  # number of "<|endoftext|>", None if the vocabulary has none
+    end_of_text: int | None  # "<|endoftext|>", or "</s>" of SentencePiece; None if there is none
     fingerprint: str
     model: tokenizers.Tokenizer = field(repr=False, compare=False)  # not to be changed
     pieces: tuple[bytes, ...] = field(repr=False, compare=False)  # what each token stands for
     byte_lengths: Int[np.ndarray, " v"] = field(repr=False, compare=False)
+    # Of the same tokens, without the space before a text; None if there is none.
+    continuation: tokenizers.Tokenizer | None = field(default=None, repr=False, compare=False)
+
+    def continued(self) -> "BPETokenizer":
+        """The tokenizer for what follows the cut of a long text: puts no space before it."""
+        if self.continuation is None:
+            return self
+        return replace(self, model=self.continuation, continuation=None)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[UInt[np.ndarray, " t"]]:
         """Tokens of each text; the package spreads the texts over all cores."""
@@ -140,7 +155,8 @@ class BPETokenizer:
         """The tokens' byte strings, joined."""
         pieces, size = self.pieces, self.vocab_size
         numbers = np.asarray(tokens, np.int64).reshape(-1).tolist()
-        return b"".join(pieces[t] if 0 <= t < size else _REPLACEMENT for t in numbers)
+        joined = b"".join(pieces[t] if 0 <= t < size else _REPLACEMENT for t in numbers)
+        return joined if self.continuation is None else joined.removeprefix(b" ")
 
     def decode(self, tokens: Any) -> str:
         """The byte strings as UTF-8."""
@@ -159,7 +175,7 @@ def load_tokenizer(source: str | Path) -> ByteTokenizer | BPETokenizer:
         or with GPT-2's pair `encoder.json` and `vocab.bpe`.
 
     Raises:
-      ValueError: If there is no such thing, or the JSON is no byte-level BPE.
+      ValueError: If there is no such thing, or as `tokenizer_from_json`.
     """
     if str(source) == "bytes":
         return ByteTokenizer()
@@ -182,7 +198,8 @@ def tokenizer_from_json(text: str, *, name: str) -> BPETokenizer:
     """Reads the JSON of the `tokenizers` package.
 
     Raises:
-      ValueError: If it is not such a JSON, or no byte-level BPE.
+      ValueError: If it is not such a JSON, or neither a byte-level BPE nor one with byte fallback
+        that leaves the text as it is.
     """
     try:
         model = tokenizers.Tokenizer.from_str(text)
@@ -194,14 +211,20 @@ def tokenizer_from_json(text: str, *, name: str) -> BPETokenizer:
     alphabet = set(_byte_alphabet().values())
     added = {token["content"] for token in data["added_tokens"]}
     vocab = data["model"].get("vocab", {})
+    vocab = vocab if isinstance(vocab, dict) else [token for token, _ in vocab]  # of Unigram
     foreign = [token for token in vocab if token not in added and not alphabet.issuperset(token)]
-    if data["model"].get("type") != "BPE" or foreign:
+    if data["model"].get("type") == "BPE" and not foreign:
+        return _wrap(model, name)
+    if what := sentencepiece.why_not(data):
         raise ValueError(
             f"tokenizer_from_json: {name}: must be a byte-level BPE (GPT-2, Llama 3, SmolLM and"
-            f" their like), got a {data['model'].get('type')} with tokens such as {foreign[:3]}."
-            " Bits per byte and exact decoding rest on tokens that are strings of bytes."
+            " their like), or one with byte fallback that leaves the text as it is (Llama 2,"
+            f" Mistral), got a {data['model'].get('type')} with tokens such as {foreign[:3]}, and"
+            f" {what}. Bits per byte and exact decoding rest on tokens that are strings of bytes."
         )
-    return _wrap(model, name)
+    other = sentencepiece.without_space(data)
+    continuation = None if other is None else tokenizers.Tokenizer.from_str(json.dumps(other))
+    return _wrap(model, name, is_byte_level=False, continuation=continuation)
 
 
 def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> BPETokenizer:
@@ -252,27 +275,42 @@ def _set_byte_level(model: tokenizers.Tokenizer) -> None:
     model.decoder = tokenizers.decoders.ByteLevel()
 
 
-def _wrap(model: tokenizers.Tokenizer, name: str) -> BPETokenizer:
+def _wrap(
+    model: tokenizers.Tokenizer,
+    name: str,
+    *,
+    is_byte_level: bool = True,
+    continuation: tokenizers.Tokenizer | None = None,
+) -> BPETokenizer:
     # A text that spells "<|endoftext|>" shall not get the separator's token.
-    model.encode_special_tokens = True
+    for one in (model, continuation):
+        if one is not None:
+            one.encode_special_tokens = True
     vocab = model.get_vocab(with_added_tokens=True)
     added = model.get_added_tokens_decoder()
     byte_of = {character: byte for byte, character in _byte_alphabet().items()}
+    end = END_OF_TEXT if is_byte_level else "</s>"
+    silent = {end} if is_byte_level else {end, "<s>", "<unk>"}
     pieces = [b""] * (max(vocab.values()) + 1)
     for token, index in vocab.items():
-        if index not in added:
-            pieces[index] = bytes(byte_of[character] for character in token)
-        elif token != END_OF_TEXT:  # an added token is spelled as it reads
+        if token in silent:
+            continue
+        if index in added:  # is spelled as it reads
             pieces[index] = token.encode()
+        elif is_byte_level:
+            pieces[index] = bytes(byte_of[character] for character in token)
+        else:
+            pieces[index] = sentencepiece.piece_bytes(token)
     lengths = np.array([len(piece) for piece in pieces], np.int64)
     return BPETokenizer(
         name=name,
         vocab_size=len(pieces),
-        end_of_text=model.token_to_id(END_OF_TEXT),
+        end_of_text=model.token_to_id(end),
         fingerprint=_fingerprint(model),
         model=model,
         pieces=tuple(pieces),
         byte_lengths=lengths,
+        continuation=continuation,
     )
 
 

@@ -8,7 +8,6 @@ A folder without `dataset.json` is an unfinished dataset, whatever else lies in 
 import dataclasses
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from lowbit_jax.data.tokenizers import (
     token_dtype,
     tokenizer_from_json,
 )
+from lowbit_jax.files import sync, write_atomically
 
 MANIFEST = "dataset.json"
 _TOKENIZER = "tokenizer.json"
@@ -346,7 +346,7 @@ def _write_manifest(
 ) -> None:
     model = tokenizer.to_json()
     if model is not None:
-        _write_atomically(directory / _TOKENIZER, model)
+        write_atomically(directory / _TOKENIZER, model)
     said = [dataclasses.asdict(header) for header in headers]
     manifest = {
         "format": "lowbit_jax tokens",
@@ -360,22 +360,8 @@ def _write_manifest(
         "shards": said,
         "fingerprint": hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16],
     }
-    _write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + shards.PARTIAL)
-    with shards.naming_the_file(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new names, too
-    finally:
-        os.close(folder)
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    sync(directory)  # the new names, too
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

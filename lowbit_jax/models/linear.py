@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lowbit_jax.models.host_memory import OffloadedWeight, fetched
 from lowbit_jax.models.layers import logical_init
 from lowbit_jax.ops import recipes
+from lowbit_jax.ops.coded_dot import coded_dots
+from lowbit_jax.ops.coded_weight import CodedWeight
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ops.quantized_dot import quantized_dots
 from lowbit_jax.ops.quantized_weight import QuantizedWeight
@@ -53,7 +55,8 @@ class QuantizedLinear(nn.Module):
 
     The parameter `weight` `(features, k)` is float32 and starts as `N(0, stddev^2)`, `bias`
     `(features,)`, never quantized, as zeros. `apply` also takes a `QuantizedWeight` or an
-    `OffloadedWeight` for the weight, which it fetches from the host's memory if it is there.
+    `OffloadedWeight` for the weight, which it fetches from the host's memory if it is there; and a
+    `CodedWeight`, which says itself what inputs go through, so that `recipe` must quantize nothing.
 
     Attributes:
       features: Width of the output.
@@ -63,6 +66,7 @@ class QuantizedLinear(nn.Module):
       implementation: Of the products, see `quantized_dots`.
       has_bias: Whether there is a `bias`; it is added in the dtype of the product.
       saved_as: See `quantized_dots`.
+      coded_implementation: Of the product with a `CodedWeight`, see `coded_dot`.
     """
 
     features: int
@@ -72,10 +76,11 @@ class QuantizedLinear(nn.Module):
     implementation: str | None = None
     has_bias: bool = False
     saved_as: tuple[str, str] | None = None
+    coded_implementation: str | None = None
 
     @nn.compact
     def parameters(self, k: int) -> tuple[Any, Float[Array, "n"] | None]:
-        """The weight `(features, k)` or the `QuantizedWeight` in its place; the bias or None."""
+        """The weight `(features, k)` or what is in its place; the bias or None."""
         shape, bias = (self.features, k), None
         if self.has_bias:
             init = logical_init(nn.initializers.zeros_init(), self.axes[:1])
@@ -85,6 +90,15 @@ class QuantizedLinear(nn.Module):
             held = weight.master.shape
         elif isinstance(weight, OffloadedWeight):
             held = weight.weight.shape
+        elif isinstance(weight, CodedWeight):
+            held = weight.shape
+            weight = jax.tree.map(fetched, weight)
+            if not self.recipe.is_identity:
+                raise ValueError(
+                    f"QuantizedLinear: codes are multiplied without a recipe, got {self.recipe} for"
+                    f" {self.name}; drop the rules of the model: CodedWeight.activations says what"
+                    " inputs are rounded to."
+                )
         else:  # `param` would compare the parts of the others one by one
             init = logical_init(nn.initializers.normal(self.stddev), self.axes)
             weight, held = self.param("weight", init, shape, jnp.float32), shape
@@ -118,11 +132,16 @@ def multiply_all(
     """
     parameters = [layer.parameters(x.shape[-1]) for layer in layers]
     names = [layer.name if len(layers) > 1 else "" for layer in layers]
-    alike = {}
+    alike, coded = {}, {}
     for name, layer, (weight, _) in zip(names, layers, parameters, strict=True):
+        if isinstance(weight, CodedWeight):
+            coded.setdefault(layer.coded_implementation, {})[name] = weight
+            continue
         how = layer.recipe, layer.implementation, layer.saved_as, layer.partition()
         alike.setdefault(how, {})[name] = weight
     results = {}
+    for implementation, weights in coded.items():
+        results |= coded_dots(x, weights, implementation=implementation)
     for index, (how, weights) in enumerate(alike.items()):
         recipe, implementation, saved_as, partition = how
         own_key = jax.random.fold_in(key, index) if index and key is not None else key

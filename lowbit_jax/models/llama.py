@@ -72,8 +72,9 @@ class LlamaConfig:
       dtype: `"bfloat16"` or `"float32"`: of activations and of the operands of products. On a GPU
         float32 products of the blocks are TF32 unless `jax.default_matmul_precision` says else.
       recipe_rules: See `resolve_recipes`; a matrix that no rule matches is not quantized.
-      implementation: Of the products of quantized matrices, see `ops.quantized_dot`. `None`: chosen
-        for each by format, shape and device.
+      implementation: Of the products of quantized matrices, see `ops.quantized_dot` and, where
+        parameters are `CodedWeight`s, `ops.coded_dot`. `None`: chosen for each by format, shape and
+        device.
       attention: `"cudnn"`, `"xla"` or `None`, see `ops.attention.attention`.
       scan_unroll: Layers in one iteration of the scan. `n_layers` leaves no loop: slower to
         compile, faster to run, since nothing is copied into and out of stacked buffers.
@@ -180,7 +181,15 @@ class LlamaConfig:
         implementation = None if recipe.is_identity else self.implementation
         has_bias = self.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
         return QuantizedLinear(
-            features, recipe, axes, stddev, implementation, has_bias, SAVED_AS[name], name=name
+            features,
+            recipe,
+            axes,
+            stddev,
+            implementation,
+            has_bias,
+            SAVED_AS[name],
+            self.implementation,
+            name=name,
         )
 
 
@@ -274,8 +283,8 @@ class Llama(nn.Module):
     """Language model: `model.apply({"params": params}, tokens)` gives logits.
 
     `nn.meta.unbox(model.init(key, tokens)["params"])` are the parameters, a plain tree, in which
-    the seven matrices may be `QuantizedWeight`s. Recipes that draw random numbers need a key:
-    `model.apply(..., rngs={"quantize": key})`.
+    the seven matrices may be `QuantizedWeight`s, or `CodedWeight`s for inference. Recipes that draw
+    random numbers need a key: `model.apply(..., rngs={"quantize": key})`.
     """
 
     config: LlamaConfig

@@ -25,7 +25,7 @@ class Call:
     Attributes:
       recipe: What to quantize to.
       implementation: A path for all products; None: chosen for each.
-      x_dtype: Of `x`, in which products are computed.
+      x_dtype: In which products are computed: that of `x`, but where x is made to be quantized.
       out_dtype: Of `y`.
       shape: Tokens, n and k, which choose the path.
       weights: Of each: dtype, that of its master if it came quantized, and whether it did.

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -206,7 +207,6 @@ def run(
     of kernels and of cuBLAS run on the part of each device, the others as the compiler cuts them;
     with a `partition_obstacle` all of them.
     """
-    fields = (f"{SCOPE} {product}", *map(describe, specs), *plan)
     path = _PATHS[plan.path]
     run_path: Callable[..., Array] = path.run
     dtypes = jnp.dtype(compute_dtype), jnp.dtype(out_dtype)
@@ -216,8 +216,15 @@ def run(
     if partition is not None and path.is_for_parts:
         run_path = functools.partial(products.on_parts, path.run, partition)
         epilogue["sums_tokens"] = product == "dw"
-    with jax.named_scope(_SEPARATOR.join(fields)):
+    with product_scope(product, specs, plan):
         return cast(Any, run_path)(a, b, *dtypes, **epilogue)
+
+
+def product_scope(
+    product: Product, specs: tuple[QuantSpec | None, QuantSpec | None], plan: Plan
+) -> AbstractContextManager[Any]:
+    """The `jax.named_scope` round a product, whose name carries what `explain` reports."""
+    return jax.named_scope(_SEPARATOR.join((f"{SCOPE} {product}", *map(describe, specs), *plan)))
 
 
 class ScopeFields(NamedTuple):
@@ -360,6 +367,10 @@ def _nothing(*_) -> None:
     return None
 
 
+def _only_for_codes(*_) -> str:
+    return "it takes packed codes, see ops.coded_weight, and no quantized activations"
+
+
 # By preference; what follows "dequantize", which covers everything, is taken by name only.
 _PATHS: dict[str, _Path] = {
     "fp8": _Path(_float8_formats, _nothing, _float8_doubt, products.float8, True),
@@ -374,4 +385,6 @@ _PATHS: dict[str, _Path] = {
     "blackwell": _Path(
         blackwell.formats_obstacle, blackwell.device_limit, _nothing, blackwell.block_scaled
     ),
+    # Of a `CodedWeight`: `coded_dot` runs it.
+    "mixed_matmul": _Path(_only_for_codes, _nothing, _nothing, products.dequantized),
 }

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lowbit_jax.numerics import QTensor, QuantSpec, quantize
@@ -84,7 +85,7 @@ def forward_operand(
         q, mask = quantize(rows, spec, key=_key_for(spec, key)), gradient_mask(rows, *how)
     else:
         factored, mask = factored_and_mask(rows, *how, key=_key_for(spec, key))
-        q = _quantized(factored, spec, call)
+        q = as_operand(factored, spec, call.x_dtype)
     saved = _unquantized(z, call, rotation_key) if _keeps_original(name, recipe) else q
     return q, Residual(saved, mask)
 
@@ -95,11 +96,24 @@ def operand_of_quantized(
     """The operand that `forward_operand` would have made of the weights, and codes to keep."""
     q = w.moved()
     if not call.takes_codes("y"):
-        q = Operand(*fold(q)) if call.uses_kernel("y") else _quantized(factor(q), q.spec, call)
+        q = (
+            Operand(*fold(q))
+            if call.uses_kernel("y")
+            else as_operand(factor(q), q.spec, call.x_dtype)
+        )
     saved = dataclasses.replace(w, master=None)
     if _keeps_original("w", call.recipe):
         saved = _unquantized(w.master, call, keys["y"].rotation)
     return q, Residual(saved, None)
+
+
+def as_operand(factored: Factored, spec: QuantSpec, compute_dtype: np.dtype) -> Operand:
+    """The operand of a product: values in the compute dtype or in float8, scales in float32."""
+    values, scale = factored
+    is_float8 = dispatch.has_float8_codes(spec)
+    if scale is not None and scale.ndim:
+        scale = scale.reshape(-1 if spec.block_size is None else ())
+    return Operand(values.astype(spec.format.storage if is_float8 else compute_dtype), scale)
 
 
 def gradient_operands(
@@ -135,7 +149,7 @@ def backward_operand(
     if isinstance(saved, QuantizedWeight):
         saved = saved.moved()
     if isinstance(saved, QTensor):  # as the in-layer quantizer would have left it
-        saved = _quantized(factor(saved), saved.spec, call)
+        saved = as_operand(factor(saved), saved.spec, call.x_dtype)
     saved = _rows(saved)
     if spec is None and recipe.rotation_of(product) is None:
         return _transposed(saved, call)
@@ -322,16 +336,7 @@ def _rotate_and_quantize(
     if call.takes_codes(product):
         return quantize(z, spec, key=_key_for(spec, key))
     factored, _ = quantize_factored(z, spec, key=_key_for(spec, key))
-    return _quantized(factored, spec, call)
-
-
-def _quantized(factored: Factored, spec: QuantSpec, call: Call) -> Operand:
-    """The operand of a product: values in the compute dtype or in float8, scales in float32."""
-    values, scale = factored
-    is_float8 = dispatch.has_float8_codes(spec)
-    if scale is not None and scale.ndim:
-        scale = scale.reshape(-1 if spec.block_size is None else ())
-    return Operand(values.astype(spec.format.storage if is_float8 else call.x_dtype), scale)
+    return as_operand(factored, spec, call.x_dtype)
 
 
 def _dense(operand: Operand) -> Float[Array, "rows c"]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Shaped
 
+from lowbit_jax.numerics import QTensor
 from lowbit_jax.ops import dispatch
 from lowbit_jax.ops.call import Call, check_contraction, split_keys
 from lowbit_jax.ops.dot_recipe import DotRecipe
@@ -142,6 +144,32 @@ def quantized_dots(
     )
 
 
+def dots_of_codes(
+    x: Shaped[Array, "..."],
+    codes: Mapping[str, QTensor],
+    recipe: DotRecipe,
+    implementation: str | None,
+    *,
+    dtype: DTypeLike,
+) -> dict[str, Float[Array, "..."]]:
+    """`quantized_dots` of weights that are nothing but codes, computed in and rounded to `dtype`.
+
+    Args:
+      x: `(*batch, k)`, quantized as it comes: what is computed to be quantized stays float32.
+      codes: `(n, k)` each, in the basis of the recipe's rotation, which multiplies x alone.
+      recipe: That quantizes both operands.
+      implementation: As for `quantized_dot`.
+      dtype: Of the operands that are not float8, and of the results.
+
+    Raises:
+      ValueError: As `quantized_dot`.
+      NotImplementedError: As `quantized_dot`.
+    """
+    # Masters are asked for their shape alone; under `jit` they are never made.
+    weights = {name: QuantizedWeight(jnp.zeros(q.shape, dtype), q) for name, q in codes.items()}
+    return _quantized_dots(x, weights, recipe, None, implementation, dtype, compute_dtype=dtype)
+
+
 def quantized_dot_general(
     lhs,
     rhs,
@@ -197,7 +225,16 @@ def quantized_dot_general(
 
 
 def _quantized_dots(
-    x, weights, recipe, key, implementation, out_dtype=None, *, partition=None, saved_as=None
+    x,
+    weights,
+    recipe,
+    key,
+    implementation,
+    out_dtype=None,
+    *,
+    compute_dtype=None,
+    partition=None,
+    saved_as=None,
 ) -> dict[str, Array]:
     x = jnp.asarray(x)
     # In the order of a pytree's leaves.
@@ -212,7 +249,7 @@ def _quantized_dots(
     call = Call(
         recipe,
         implementation,
-        x_dtype=jnp.dtype(x.dtype),
+        x_dtype=jnp.dtype(compute_dtype or x.dtype),
         out_dtype=jnp.dtype(out_dtype or x.dtype),
         shape=(tokens, n, x.shape[-1]),
         weights=tuple((_master(w).dtype, isinstance(w, QuantizedWeight)) for w in ws.values()),

@@ -7,8 +7,11 @@ from typing import Any
 import jax
 
 from lowbit_jax.ops.dispatch import parse_scope
+from pallas_kernels.mixed_matmul.layout import TILE
 
-_KERNEL = "lowbit_scaled_matmul"  # name of the product's kernel in a program
+# Names of the products' kernels in a program.
+_MIXED_KERNEL = "lowbit_mixed_matmul"
+_KERNELS = ("lowbit_scaled_matmul", _MIXED_KERNEL)
 _BLOCK_SCALED = "scaled_matmul_wrapper"  # of the primitive behind jax.nn.scaled_matmul
 _REMAT_SCOPE = "rematted_computation"  # what jax.checkpoint calls the part that it runs again
 
@@ -69,7 +72,7 @@ class Explanation:
 
 
 def explain(fn: Callable | jax.stages.Traced, *args: Any, **kwargs: Any) -> Explanation:
-    """Lists every product of `quantized_dot` that `fn(*args, **kwargs)` runs.
+    """Lists every product of `quantized_dot` and `coded_dot` that `fn(*args, **kwargs)` runs.
 
     Traces `fn` and reads its program; nothing is computed. Products inside `jit` (compiled already
     or not), `scan`, `vmap`, `jax.checkpoint` and module calls are found. The gradient products
@@ -109,16 +112,19 @@ def _rows(jaxpr, outer_scopes: tuple[str, ...], count: int | None) -> Iterator[P
         scopes = outer_scopes + _scopes(eqn)
         is_block_scaled = eqn.primitive.name == _BLOCK_SCALED
         is_product = is_block_scaled or eqn.primitive.name == "dot_general"
-        if is_product or eqn.params.get("name") == _KERNEL:
+        if is_product or eqn.params.get("name") in _KERNELS:
             fields = next(filter(None, map(parse_scope, reversed(scopes))), None)
             if fields is not None:
-                where = [s for s in scopes if parse_scope(s) is None and s != _KERNEL]
+                where = [s for s in scopes if parse_scope(s) is None and s not in _KERNELS]
+                b_shape = eqn.invars[1].aval.shape[is_block_scaled:]
+                if eqn.params.get("name") == _MIXED_KERNEL:  # words by tiles, as it reads them
+                    b_shape = tuple(TILE * tiles for tiles in b_shape[:2])
                 yield ProductRow(
                     where="/".join(where),
                     product=fields.product,
                     # Block-scaled products have a batch axis of length 1.
                     a_shape=eqn.invars[0].aval.shape[is_block_scaled:],
-                    b_shape=eqn.invars[1].aval.shape[is_block_scaled:],
+                    b_shape=b_shape,
                     a_format=fields.a,
                     b_format=fields.b,
                     path=fields.path,

@@ -162,8 +162,10 @@ def admm(
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def update_split(_):
-            moved = jax.tree.map(lambda p, s: p + s, chosen, _select(steps, flags))
-            target, split = project(moved, duals, inner_state, flags)
+            # Loaded once more in here, for what a branch takes is kept whole in memory.
+            wide = _wide(_select(params, flags)), _load(state.u)
+            moved = jax.tree.map(lambda p, s: p + s, wide[0], _select(steps, flags))
+            target, split = project(moved, wide[1], inner_state, flags)
             new = jnp.asarray(schedule(count), jnp.float32)
             is_zero = (new == 0) | (state.strength == 0)
             ratio = jnp.where(is_zero, 1, state.strength / jnp.where(is_zero, 1, new))

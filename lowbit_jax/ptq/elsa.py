@@ -8,12 +8,12 @@ shot and the same number of steps for what it left.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from lowbit_jax.optim.admm import (
     admm_finish,
@@ -25,11 +25,10 @@ from lowbit_jax.optim.admm import (
 )
 from lowbit_jax.optim.low_precision import dequantize_leaves
 from lowbit_jax.optim.masks import Mask, resolve_mask
+from lowbit_jax.ptq.descent import Keep, LossFn, Record, Watch, descend
 from lowbit_jax.sparsity import Pattern, onto_pattern
 from lowbit_jax.sparsity.patterns import Comparison
 from lowbit_jax.sparsity.sparse_projection import Budget, SparseProjection
-
-LossFn = Callable[[PyTree, Any], Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,22 +90,6 @@ class ElsaSettings:
         )
 
 
-class ElsaRecord(NamedTuple):
-    """What is seen after an update of z and u.
-
-    Attributes:
-      step: Steps so far.
-      loss: Mean over the steps since the last record.
-      gap: `|x - z| / |x|` of the constrained leaves.
-      flips: Fraction of their entries that z has zeroed or brought back since the last record.
-    """
-
-    step: int
-    loss: float
-    gap: float
-    flips: float
-
-
 def prune_by_elsa(
     loss_fn: LossFn,
     params: PyTree,
@@ -114,51 +97,42 @@ def prune_by_elsa(
     settings: ElsaSettings,
     *,
     mask: Mask,
-    report: Callable[[ElsaRecord], None] | None = None,
-) -> tuple[PyTree, tuple[ElsaRecord, ...]]:
+    report: Callable[[Record], None] | None = None,
+    keep: Keep | None = None,
+) -> tuple[PyTree, tuple[Record, ...]]:
     """`params` on the pattern, after `settings.steps` steps on `loss_fn`.
 
     Args:
       loss_fn: `(params, batch) -> loss`, for example nats a token of the next token.
-      params: Of a trained model; not changed. Float leaves.
+      params: Of a trained model; not changed. Float32 leaves.
       batches: One a step.
       settings: See there.
       mask: Leaves that are pruned, as `optax.masked` takes it (`match_paths` builds one): the
         matrices of the blocks. The others train along. None: all of them.
       report: Called with each record as it comes.
+      keep: Where a run that is killed goes on; None: nowhere.
 
     Returns:
       `(params, records)`. The zeros of the pruned leaves are the pattern.
 
     Raises:
-      ValueError: If there are fewer batches than steps, or the loss becomes NaN or infinite.
+      ValueError: As `descend`.
 
     References:
       Elsa: extreme LLM sparsity by surrogate-free ADMM, arXiv:2510.01650.
     """
-    tx = settings.optimizer(mask)
-    records = []
-
-    @jax.jit
-    def look(params, state, zeros):
-        now = _zeros_of(state)
-        changed = sum(jnp.sum(a != b) for a, b in zip(now, zeros, strict=True))
-        return constraint_gap(params, state), changed / sum(z.size for z in now), now
-
-    zeros = jax.jit(_zeros_of)(tx.init(params))
-
-    def watch(step, losses, params, state):
-        nonlocal zeros
-        gap, flips, zeros = look(params, state, zeros)
-        record = ElsaRecord(
-            step, _mean_loss("prune_by_elsa", step, losses), float(gap), float(flips)
-        )
-        records.append(record)
-        if report is not None:
-            report(record)
-
-    params, state = _descend(
-        "prune_by_elsa", loss_fn, tx, params, batches, settings.steps, settings.interval, watch
+    who = "prune_by_elsa"
+    params, state, records = descend(
+        who,
+        loss_fn,
+        settings.optimizer(mask),
+        params,
+        batches,
+        steps=settings.steps,
+        interval=settings.interval,
+        watch=Watch(jax.jit(_zeros_of), jax.jit(_look)),
+        report=report,
+        keep=_of(keep, who, settings=repr(settings)),
     )
     finish = jax.jit(
         lambda params, state: admm_finish(
@@ -169,7 +143,7 @@ def prune_by_elsa(
             is_objective_aware=settings.is_objective_aware,
         )
     )
-    return finish(params, state), tuple(records)
+    return finish(params, state), records
 
 
 def retrain(
@@ -182,8 +156,12 @@ def retrain(
     mask: Mask = None,
     max_grad_norm: float | None = 1.0,
     b2: float = 0.95,
-) -> PyTree:
+    report: Callable[[Record], None] | None = None,
+    keep: Keep | None = None,
+) -> tuple[PyTree, tuple[Record, ...]]:
     """Adam for what a mask has left: zeros of the pruned leaves stay zero.
+
+    Elsa's Adam, clipping and decay of the learning rate, without the pull.
 
     Args:
       loss_fn: As in `prune_by_elsa`.
@@ -194,73 +172,72 @@ def retrain(
       mask: The leaves that were pruned; the others train whole.
       max_grad_norm: To which gradients are clipped, those of what stays; None: not clipped.
       b2: Decay of Adam's second moment, that of `elsa`.
+      report: As in `prune_by_elsa`.
+      keep: See there.
+
+    Returns:
+      `(params, records)`.
 
     Raises:
-      ValueError: As `prune_by_elsa`.
+      ValueError: As `descend`.
     """
-    who = "retrain"
-    stays = jax.tree.map(
-        lambda flag, p: p != 0 if flag else jnp.ones((), bool), resolve_mask(mask, params), params
-    )
+    flags = resolve_mask(mask, params)
 
-    def drop(updates):
-        return jax.tree.map(lambda g, s: jnp.where(s, g, jnp.zeros((), g.dtype)), updates, stays)
+    def drop(updates, params):
+        # Without gradients Adam never moves what is zero; a mask would take a byte a weight.
+        return jax.tree.map(
+            lambda flag, g, p: jnp.where(p != 0, g, jnp.zeros((), g.dtype)) if flag else g,
+            flags,
+            updates,
+            params,
+        )
 
-    steps_of = [
-        optax.stateless(lambda updates, params: drop(updates)),
+    chain = [
+        optax.stateless(drop),
         optax.adam(_linear_decay(learning_rate, steps), b2=b2),
     ]
     if max_grad_norm is not None:
-        steps_of.insert(1, optax.clip_by_global_norm(max_grad_norm))
-
-    def watch(step, losses, params, state):
-        _mean_loss(who, step, losses)
-
-    tx = optax.chain(*steps_of)
-    return _descend(who, loss_fn, tx, params, batches, steps, min(32, steps), watch)[0]
+        chain.insert(1, optax.clip_by_global_norm(max_grad_norm))
+    who = "retrain"
+    values = {"learning_rate": learning_rate, "max_grad_norm": max_grad_norm, "b2": b2}
+    params, _, records = descend(
+        who,
+        loss_fn,
+        optax.chain(*chain),
+        params,
+        batches,
+        steps=steps,
+        interval=min(32, steps),
+        report=report,
+        keep=_of(keep, who, **values),
+    )
+    return params, records
 
 
 def _linear_decay(learning_rate, steps):
     return optax.linear_schedule(learning_rate, 0.0, steps)
 
 
+def _of(keep: Keep | None, who: str, **values) -> Keep | None:
+    """With what the run is, beside what the caller says."""
+    if keep is None:
+        return None
+    return keep._replace(settings={**keep.settings, "procedure": who, **values})
+
+
 def _zeros_of(state):
-    return [z == 0 for z in jax.tree.leaves(dequantize_leaves(find_admm_state(state).z))]
+    """Where z is zero, eight entries a byte."""
+    return [
+        jnp.packbits((z == 0).reshape(-1))
+        for z in jax.tree.leaves(dequantize_leaves(find_admm_state(state).z))
+    ]
 
 
-def _descend(who, loss_fn, tx, params, batches, steps, interval, watch):
-    """Parameters and state after so many steps; `watch` looks every `interval` of them."""
-
-    def step_of(params, state, batch):
-        loss, gradients = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    step = jax.jit(step_of, donate_argnums=(0, 1))
-    params = jax.tree.map(lambda p: jnp.array(p, copy=True), params)  # what is donated is ours
-    state = tx.init(params)
-    losses, batches = [], iter(batches)
-    for done in range(1, steps + 1):
-        try:
-            batch = next(batches)
-        except StopIteration:
-            raise ValueError(
-                f"{who}: needs a batch for each of {steps} steps, got {done - 1}; pass more, or"
-                " cycle through them."
-            ) from None
-        params, state, loss = step(params, state, batch)
-        losses.append(loss)
-        if done % interval == 0:
-            watch(done, losses, params, state)
-            losses = []
-    return params, state
-
-
-def _mean_loss(who, step, losses):
-    loss = float(jnp.mean(jnp.stack(losses)))
-    if not jnp.isfinite(loss):
-        raise ValueError(
-            f"{who}: the loss must stay finite, got {loss} before step {step}; lower learning_rate"
-            " or strength, or look for NaN in the parameters and batches."
-        )
-    return loss
+def _look(params, state, zeros):
+    now = _zeros_of(state)
+    changed = sum(
+        jnp.sum(jax.lax.population_count(a ^ b), dtype=jnp.float32)
+        for a, b in zip(now, zeros, strict=True)
+    )
+    total = sum(z.size for z in jax.tree.leaves(dequantize_leaves(find_admm_state(state).z)))
+    return constraint_gap(params, state), changed / total, now

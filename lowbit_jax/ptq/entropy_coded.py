@@ -70,6 +70,9 @@ def hptq(
         )
     high = 4 * float(jnp.max(jnp.abs(w))) or 1.0  # most integers are 0 there
     low = high / 2**14
+    # Errors that columns hand on may be larger than any weight.
+    while huffman_bits(_round_to_lattice(w, columns, factor.unit, high)) > bits_per_param:
+        high *= 2
     for _ in range(_BISECTIONS):
         middle = (low * high) ** 0.5
         integers = _round_to_lattice(w, columns, factor.unit, middle)

@@ -1,331 +1,200 @@
-"""Quantized directories as the package compressed-tensors lays them out: vLLM serves them.
+"""Models of codes as directories: of the package compressed-tensors, which vLLM serves, or our own.
 
-Each matrix of a block becomes a few tensors; embedding, head, norms and biases stay as they are.
-
-    nvfp4-pack-quantized  weight_packed U8 (n, k/2), weight_scale F8_E4M3 (n, k/16),
-                          weight_global_scale F32 (1,): w = level * weight_scale / it
-    mxfp4-pack-quantized  weight_packed U8 (n, k/2), weight_scale U8 (n, k/32): 2^(it - 127)
-    pack-quantized        weight_packed I32 (n, ceil(k * bits / 32)), integers + 2^(bits - 1), low
-                          bits first; weight_scale F32 (n, groups), weight_shape I64 (2,)
-    float-quantized       weight F8_E4M3 (n, k), weight_scale F32 (n, 1) or (1,)
-
-References:
-  https://github.com/vllm-project/compressed-tensors: the layouts, checked with version 0.20.
+Each matrix of a block becomes a few tensors, see `layouts`; embedding, head, norms and biases stay
+as they are. What compressed-tensors has a place for is written in its layout: blocks of a Hadamard
+transform of inputs are named in its `transform_config`. The rest (mid-rise grids, the transforms of
+WUSH, zero points, inputs of other formats than the weights) gets a `quant_method` of our own, which
+other readers refuse. Either way `quantization_config` has a key "lowbit_jax" with the exact specs,
+by which `load_quantized` gives back the very `CodedWeight`s.
 """
 
+import dataclasses
+import itertools
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from flax import traverse_util
 
 from lowbit_jax.models import Llama
 from lowbit_jax.models.llama import QUANTIZABLE_PATHS
-from lowbit_jax.models.pretrained import Pretrained, TensorEntry, config_from_json, config_to_json
-from lowbit_jax.models.pretrained.assemble import TensorSource, assemble
-from lowbit_jax.models.pretrained.families import METADATA_KEYS, huggingface_names
-from lowbit_jax.models.pretrained.huggingface import (
-    named_tensors,
-    open_weights,
-    read_json,
-    write_directory,
+from lowbit_jax.models.pretrained import SafetensorsFile, TensorEntry, config_to_json
+from lowbit_jax.models.pretrained.families import huggingface_names
+from lowbit_jax.models.pretrained.huggingface import named_tensors, open_weights, write_directory
+from lowbit_jax.numerics import QTensor
+from lowbit_jax.numerics.spec import E4M3_RULES
+from lowbit_jax.ops.coded_weight import CodedWeight
+from lowbit_jax.ptq.calibrate import CompressedBlock
+from lowbit_jax.ptq.layouts import (
+    OUR_PARTS,
+    OURS,
+    PARTS,
+    TRANSFORM,
+    rotation_to_config,
+    scheme_of,
+    spec_to_json,
+    to_parts,
 )
-from lowbit_jax.models.pretrained.safetensors_file import SafetensorsFile
-from lowbit_jax.numerics import QTensor, QuantSpec, dequantize
-from lowbit_jax.numerics.formats import E2M1, E4M3, integer, pack, unpack
+from lowbit_jax.rotations import Hadamard
 
-_E8M0_RULES = ("absmax_floor", "absmax_ceil", "absmax_ct175", "rms_nearest", "std_floor")
-_PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "weight_shape", "weight")
+# The largest product of a scale and a level of NVFP4, to which inputs' abs-max is mapped.
+_LARGEST_NVFP4 = 448.0 * 6.0
+_NAN_E8M0 = 0xFF
+
+
+class Saved(NamedTuple):
+    """What was written.
+
+    Attributes:
+      layout: The format of compressed-tensors, or "lowbit_jax" for our own.
+      obstacle: Why it is our own; None if it is not.
+      bits_per_param: That a parameter of the matrices takes on disk, scales included.
+    """
+
+    layout: str
+    obstacle: str | None
+    bits_per_param: float
 
 
 def save_quantized(
     path: str | os.PathLike,
     model: Llama,
     params: Mapping[str, Any],
-    quantized: Mapping[str, Sequence[QTensor]],
     *,
-    input_global_scales: Mapping[str, Sequence[float]] | None = None,
-    quantize_inputs: bool = False,
+    input_absmax: Mapping[str, Sequence[float]] | None = None,
     tokenizer: Any = None,
     metadata: Mapping[str, Any] | None = None,
     dtype: str | None = "bfloat16",
-) -> float:
-    """Writes a directory of packed codes; whole or not at all, see `save_pretrained`.
+) -> Saved:
+    """Writes a directory of codes; whole or not at all, see `save_pretrained`.
 
     Args:
       path: The directory; must not exist, or be empty.
       model: Of the parameters.
-      params: Its parameters, of which those that are not quantized are written.
-      quantized: Of each of the seven matrices, by its path, a `QTensor` `(n, k)` a layer, all of
-        one spec.
-      input_global_scales: Of NVFP4 with quantized inputs: of each matrix and layer the largest
-        magnitude of its inputs divided by 448 * 6. Those of matrices that servers fuse (query, key
-        and value; gate and up) are written as the largest of them.
-      quantize_inputs: Whether servers quantize inputs, too: to the format of the weights, NVFP4,
-        MXFP4 or FP8 (a scale a token), as they come.
+      params: With a `CodedWeight`, stacked over layers, in place of each of the seven matrices; all
+        of one spec, rotation and format of inputs.
+      input_absmax: Of each matrix, by its path, and layer the largest magnitude of its inputs, in
+        the basis of the codes. Servers need it for inputs in NVFP4, whose global scale they take
+        from the file; matrices that they fuse (query, key and value; gate and up) get one, of the
+        largest. Otherwise not used.
       tokenizer: See `save_pretrained`.
       metadata: See `save_pretrained`.
       dtype: Of what is not quantized.
 
-    Returns:
-      Bits that a quantized parameter takes on disk, scales included.
-
     Raises:
-      ValueError: If the layout has no place for the spec, matrices are missing or of several specs,
-        or as `save_pretrained`.
+      ValueError: If a matrix is no `CodedWeight`, they are of several kinds, weights are not
+        finite, inputs in NVFP4 have no abs-max, or as `save_pretrained`.
     """
-    n_layers = model.config.n_layers
-    if set(quantized) != set(QUANTIZABLE_PATHS) or {n_layers} != {
-        len(layers) for layers in quantized.values()
-    }:
-        raise ValueError(
-            f"save_quantized: needs {n_layers} QTensors, one a layer, for each of"
-            f" {', '.join(QUANTIZABLE_PATHS)}, got"
-            f" { {name: len(layers) for name, layers in quantized.items()} }; quantize all of them."
-        )
-    specs = {q.spec for layers in quantized.values() for q in layers}
-    if len(specs) > 1:
-        raise ValueError(f"save_quantized: all matrices must have one spec, got {specs}.")
-    scheme = _scheme(spec := specs.pop(), quantize_inputs)
-    needs_input_scales = quantize_inputs and scheme["format"] == "nvfp4-pack-quantized"
-    if needs_input_scales != (input_global_scales is not None):
-        raise ValueError(
-            "save_quantized: input_global_scales belong to quantized inputs in NVFP4, got"
-            f" quantize_inputs={quantize_inputs}, {spec.format} and"
-            f" {'no' if input_global_scales is None else 'some'} scales; calibrate them."
-        )
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
+    coded, rotation = _common({name: flat.get(name) for name in QUANTIZABLE_PATHS})
+    first = coded[QUANTIZABLE_PATHS[0]]
+    spec, activations = first.spec, first.activations
+    scheme, obstacle = _scheme(first)
+    if scheme and scheme["format"] == "nvfp4-pack-quantized" and scheme["input_activations"]:
+        if input_absmax is None:
+            raise ValueError(
+                "save_quantized: inputs in NVFP4 have a global scale from calibration, got no"
+                " input_absmax; pass CompressedBlock.input_absmax of each layer."
+            )
+    else:
+        input_absmax = None
 
     entries, read = named_tensors(model, params, dtype, skipped=QUANTIZABLE_PATHS)
-    names = huggingface_names(model.config)
-    arrays: dict[str, np.ndarray] = {}
-    for layer_path, layers in quantized.items():
-        for layer, q in enumerate(layers):
-            module = names[layer_path].format(layer).removesuffix(".weight")
-            if not jnp.isfinite(dequantize(q)).all():
-                raise ValueError(
-                    f"save_quantized: every weight must be finite, got a NaN or an infinity in"
-                    f" {module}; nothing was written."
-                )
-            arrays |= {f"{module}.{part}": a for part, a in _to_parts(q, scheme).items()}
-            if input_global_scales is not None:
-                largest = max(input_global_scales[p][layer] for p in _fused_with(layer_path))
-                arrays[f"{module}.input_global_scale"] = np.asarray([1 / largest], np.float32)
-    packed = {name: TensorEntry(array.dtype, array.shape) for name, array in arrays.items()}
+    entries, places, names = dict(entries), {}, huggingface_names(model.config)
+    for name in QUANTIZABLE_PATHS:
+        parts = _parts(_layer(coded[name], 0), scheme)  # those of other layers have their shapes
+        kinds = {part: TensorEntry(array.dtype, array.shape) for part, array in parts.items()}
+        if input_absmax is not None:
+            kinds["input_global_scale"] = TensorEntry(np.dtype(np.float32), (1,))
+        for layer, (part, entry) in itertools.product(range(model.config.n_layers), kinds.items()):
+            tensor = f"{names[name].format(layer).removesuffix('.weight')}.{part}"
+            entries[tensor], places[tensor] = entry, (name, layer, part)
+
+    def parts_of(name: str, layer: int) -> dict[str, np.ndarray]:
+        one = _layer(coded[name], layer)
+        if not is_finite(one.quantized):
+            raise ValueError(
+                "save_quantized: every weight must be finite, got a NaN or an infinity in"
+                f" {names[name].format(layer)}; nothing was written."
+            )
+        return _parts(one, scheme)
+
+    def make(tensor: str) -> np.ndarray:
+        if tensor not in places:
+            return read(tensor)
+        name, layer, part = places[tensor]
+        if part != "input_global_scale":
+            return parts_of(name, layer)[part]
+        assert input_absmax is not None
+        largest = max(input_absmax[path][layer] for path in fused_with(name))
+        # Inputs that were always zero: any scale will do.
+        return np.asarray([_LARGEST_NVFP4 / largest if largest else 1.0], np.float32)
+
     record = config_to_json(model.config, metadata, dtype or "float32")
-    record["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": scheme["format"],
-        "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
+    ours = {
+        "spec": spec_to_json(spec),
+        "activations": spec_to_json(activations),
+        "rotation": None if rotation is None else {"hadamard": rotation.block_size},
+        **({} if obstacle is None else {"obstacle": obstacle}),
     }
-    write_directory(
-        path,
-        record,
-        entries | packed,
-        lambda name: arrays[name] if name in arrays else read(name),
-        tokenizer=tokenizer,
-    )
-    return bits_on_disk(path)
+    record["quantization_config"] = {"quant_method": OURS, OURS: ours}
+    if scheme is not None:
+        record["quantization_config"] = {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": scheme["format"],
+            "config_groups": {"group_0": scheme},
+            "ignore": ["lm_head"],
+            "kv_cache_scheme": None,
+            **({} if rotation is None else {"transform_config": rotation_to_config(rotation)}),
+            OURS: ours,
+        }
+    write_directory(path, record, entries, make, tokenizer=tokenizer)
+    layout = OURS if scheme is None else scheme["format"]
+    return Saved(layout, obstacle, bits_on_disk(path))
+
+
+def input_absmax(blocks: Iterable[CompressedBlock]) -> dict[str, list[float]]:
+    """Largest magnitude of the inputs of each matrix, by its path, in each layer."""
+    blocks = list(blocks)
+    return {
+        f"layers/{path}/weight": [block.input_absmax[path] for block in blocks]
+        for path in blocks[0].kept
+    }
 
 
 def bits_on_disk(path: str | os.PathLike) -> float:
-    """Bits a parameter of the quantized matrices of a directory: all tensors of their modules."""
+    """Bits a parameter of the quantized matrices of a directory: all tensors that make them up."""
     files = open_weights(pathlib.Path(path))
     total, count = 0, 0
-    for name, file in files.items():
-        module, _, part = name.rpartition(".")
-        if f"{module}.weight_scale" in files:
-            total += 8 * file.entries[name].nbytes
-            if part in ("weight_packed", "weight"):
-                count += math.prod(_matrix_shape(files, module))
+    for module, parts in quantized_modules(files).items():
+        for part in parts:
+            total += 8 * files[f"{module}.{part}"].entries[f"{module}.{part}"].nbytes
+        count += math.prod(matrix_shape(files, module))
     if not count:
         raise ValueError(f"bits_on_disk: {path} must hold quantized matrices, got none.")
     return total / count
 
 
-def load_quantized(
-    path: str | os.PathLike,
-    dtype: str = "bfloat16",
-    *,
-    param_dtype: str = "float32",
-    on_host: bool = False,
-    **overrides: Any,
-) -> Pretrained:
-    """Loads a directory that `save_quantized` wrote, its weights dequantized.
-
-    Args: as `load_pretrained`. Inputs are quantized by recipes, `recipe_rules=`.
-
-    Raises:
-      ValueError: As `load_pretrained`, or if the layout is another one.
-    """
-    path = pathlib.Path(path)
-    record = read_json(path / "config.json")
-    found = record.pop("quantization_config", None) or {}
-    groups = found.get("config_groups", {})
-    if found.get("quant_method") != "compressed-tensors" or set(groups) != {"group_0"}:
-        raise ValueError(
-            f"load_quantized: {path} must be quantized by compressed-tensors in one group, got"
-            f" {found.get('quant_method')!r} and groups {sorted(groups)}; load_pretrained reads"
-            " weights that are not quantized."
-        )
-    scheme = {"format": found["format"], **groups["group_0"]}
-    config = config_from_json(record, dtype=dtype, **overrides)
-    files = open_weights(path)
-    modules = [n.removesuffix(".weight_scale") for n in files if n.endswith(".weight_scale")]
-    shapes = {
-        name: file.entries[name].shape
-        for name, file in files.items()
-        if name.rpartition(".")[0] not in modules
-        or name.rpartition(".")[2] not in (*_PARTS, "input_global_scale")
-    }
-    shapes |= {f"{module}.weight": _matrix_shape(files, module) for module in modules}
-    spec = _spec(scheme)
-
-    def load(name: str) -> np.ndarray:
-        module = name.removesuffix(".weight")
-        if module not in modules:
-            return files[name].read(name)
-        parts = {
-            part: np.asarray(files[full].read(full))
-            for part in _PARTS
-            if (full := f"{module}.{part}") in files
-        }
-        return np.asarray(dequantize(_from_parts(parts, spec)))
-
-    model = Llama(config)
-    source = TensorSource(path, shapes, load)
-    params = assemble(
-        model, huggingface_names(config), source, param_dtype=param_dtype, on_host=on_host
-    )
-    tokenizer = path / "tokenizer.json"
-    metadata = {key: record[key] for key in METADATA_KEYS if key in record}
-    return Pretrained(model, params, tokenizer if tokenizer.exists() else None, metadata)
+def quantized_modules(files: Mapping[str, SafetensorsFile]) -> dict[str, list[str]]:
+    """The tensors of each quantized module of a directory, by the ends of their names."""
+    known = {*PARTS, *OUR_PARTS, TRANSFORM, "input_global_scale"}
+    modules: dict[str, list[str]] = {}
+    for name in files:
+        module, _, part = name.rpartition(".")
+        if part in known and not {f"{module}.weight_scale", f"{module}.weight_codes"}.isdisjoint(
+            files
+        ):
+            modules.setdefault(module, []).append(part)
+    return modules
 
 
-def _scheme(spec: QuantSpec, quantize_inputs: bool) -> dict[str, Any]:
-    """The group of `quantization_config` that says what `spec` says, with its format."""
-    weights: dict[str, Any] = {"num_bits": spec.format.bits, "symmetric": True, "dynamic": False}
-    inputs: dict[str, Any] | None = None
-    is_group = isinstance(spec.block_size, int)
-    is_plain = spec.margin == 1 and spec.gain == 1 and spec.block_rows == 1
-    if spec.format == E2M1 and spec.block_size == 16 and spec.scale.startswith("absmax_e4m3"):
-        name, strategy, is_plain = "nvfp4-pack-quantized", "tensor_group", spec.block_rows == 1
-        inputs = {"num_bits": 4, "strategy": strategy, "dynamic": "local", "group_size": 16}
-    elif spec.format == E2M1 and spec.block_size == 32 and spec.scale in _E8M0_RULES:
-        name, strategy = "mxfp4-pack-quantized", "group"
-        inputs = {"num_bits": 4, "strategy": strategy, "dynamic": True, "group_size": 32}
-    elif spec.format == E4M3 and not is_group and spec.scale == "absmax":
-        name, strategy = "float-quantized", "tensor" if spec.block_size else "channel"
-        inputs = {"num_bits": 8, "strategy": "token", "dynamic": True}
-    elif spec.format.kind == "integer" and spec.scale == "absmax" and spec.block_size != "tensor":
-        name, strategy = "pack-quantized", "group" if is_group else "channel"
-        is_plain = spec.block_rows == 1
-    else:
-        name, strategy, is_plain = "", "", False
-    if not is_plain or (quantize_inputs and inputs is None):
-        raise ValueError(
-            "save_quantized: a spec must be NVFP4, MXFP4 with a scale of its own (absmax_floor,"
-            " absmax_ceil or absmax_ct175), symmetric integers with abs-max scales, or E4M3 with a"
-            " scale a row or tensor; inputs are quantized with floats only; got"
-            f" {spec} with quantize_inputs={quantize_inputs}; write the dequantized weights with"
-            " save_pretrained."
-        )
-    weights["type"] = "int" if spec.format.kind == "integer" else "float"
-    weights["strategy"] = strategy
-    weights["group_size"] = spec.block_size if is_group else None
-    if inputs is not None:
-        inputs |= {"type": "float", "symmetric": True}
-    return {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": inputs if quantize_inputs else None,
-        "output_activations": None,
-        "format": name,
-    }
-
-
-def _spec(scheme: Mapping[str, Any]) -> QuantSpec:
-    """A spec by which `dequantize` reads what `scheme` describes."""
-    weights = scheme["weights"]
-    block = weights.get("group_size")
-    if not weights.get("symmetric", True):
-        raise ValueError("load_quantized: weights must be symmetric, got zero points.")
-    match scheme["format"]:
-        case "nvfp4-pack-quantized":
-            return QuantSpec(E2M1, 16, "absmax_e4m3")
-        case "mxfp4-pack-quantized":
-            return QuantSpec(E2M1, 32, "absmax_floor")
-        case "float-quantized":
-            return QuantSpec(E4M3, "tensor" if weights["strategy"] == "tensor" else None)
-        case "pack-quantized":
-            # The range that includes -2^(bits - 1), which holds that of any symmetric integer.
-            return QuantSpec(integer(weights["num_bits"], is_full_range=True), block)
-    raise ValueError(
-        f"load_quantized: format {scheme['format']!r} is not one of nvfp4-pack-quantized,"
-        " mxfp4-pack-quantized, float-quantized and pack-quantized."
-    )
-
-
-def _to_parts(q: QTensor, scheme: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of one module."""
-    codes, scales = np.asarray(q.codes), np.asarray(q.scales)
-    if q.zero_points is not None or codes.ndim != 2:
-        raise ValueError(
-            f"save_quantized: each QTensor must be a matrix without zero points, got {q.shape}."
-        )
-    match scheme["format"]:
-        case "nvfp4-pack-quantized":
-            divisor = 1 / np.asarray(q.global_scale, np.float32)
-            return {
-                "weight_packed": codes,
-                "weight_scale": scales,
-                "weight_global_scale": divisor.reshape(1),
-            }
-        case "mxfp4-pack-quantized":
-            return {"weight_packed": codes, "weight_scale": scales}
-        case "float-quantized":
-            per_row = scheme["weights"]["strategy"] == "channel"
-            return {"weight": codes, "weight_scale": scales.reshape((-1, 1) if per_row else 1)}
-    bits = q.spec.format.bits
-    signed = codes.view(np.uint8) if bits == 8 else np.asarray(unpack(q.codes, bits))
-    offset = (signed ^ np.uint8(1 << (bits - 1))).astype(np.uint8)  # + 2^(bits - 1)
-    shifts = np.arange(bits, dtype=np.uint8)
-    stream = (offset[..., None] >> shifts & 1).reshape(len(offset), -1)
-    stream = np.pad(stream, [(0, 0), (0, -stream.shape[1] % 32)])
-    words = np.packbits(stream, axis=-1, bitorder="little").view("<i4")
-    return {
-        "weight_packed": words,
-        "weight_scale": scales.astype(np.float32),
-        "weight_shape": np.asarray(q.shape, np.int64),
-    }
-
-
-def _from_parts(parts: Mapping[str, np.ndarray], spec: QuantSpec) -> QTensor:
-    """The inverse of `_to_parts`."""
-    scales, global_scale = parts["weight_scale"], parts.get("weight_global_scale")
-    codes = parts["weight"] if "weight" in parts else parts["weight_packed"]
-    if spec.block_size == "tensor":
-        scales = scales.reshape(1, 1)
-    if spec.format.kind == "integer":
-        bits, (n, k) = spec.format.bits, parts["weight_shape"].tolist()
-        stream = np.unpackbits(codes.view(np.uint8), axis=-1, bitorder="little")
-        bits_of = stream[:, : k * bits].reshape(n, k, bits).astype(np.uint8)
-        offset = (bits_of << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.uint8)
-        signed = offset ^ np.uint8(1 << (bits - 1))
-        codes = signed.view(np.int8) if bits == 8 else np.asarray(pack(jnp.asarray(signed), bits))
-        scales = scales.astype(np.float32)
-    if global_scale is not None:
-        global_scale = jnp.asarray(1 / global_scale.reshape(()).astype(np.float32))
-    return QTensor(jnp.asarray(codes), jnp.asarray(scales), global_scale, spec)
-
-
-def _matrix_shape(files: Mapping[str, SafetensorsFile], module: str) -> tuple[int, ...]:
-    """Shape of the matrix of a module."""
+def matrix_shape(files: Mapping[str, SafetensorsFile], module: str) -> tuple[int, ...]:
+    """Shape `(n, k)` of the matrix of a module."""
     if (name := f"{module}.weight_shape") in files:
         return tuple(files[name].read(name).tolist())
     if (name := f"{module}.weight") in files:
@@ -334,10 +203,92 @@ def _matrix_shape(files: Mapping[str, SafetensorsFile], module: str) -> tuple[in
     return (n, 2 * half)
 
 
-def _fused_with(path: str) -> tuple[str, ...]:
+def fused_with(path: str) -> tuple[str, ...]:
     """The matrices that servers multiply by as one with that at `path`."""
+    folder, name, _ = path.rsplit("/", 2)
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        folder, name, _ = path.rsplit("/", 2)
         if name in names:
             return tuple(f"{folder}/{one}/weight" for one in names)
     return (path,)
+
+
+def shares_global_scales(params: Mapping[str, Any]) -> bool:
+    """Whether matrices that servers fuse have one global scale in each layer, or none has any."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
+    for path in QUANTIZABLE_PATHS:
+        coded = flat[path]
+        if coded.spec.scale not in E4M3_RULES:
+            continue
+        scales = [np.asarray(_unpacked(flat[p]).quantized.global_scale) for p in fused_with(path)]
+        if any(not np.array_equal(scales[0], other) for other in scales):
+            return False
+    return True
+
+
+def _common(coded: Mapping[str, Any]) -> tuple[dict[str, CodedWeight], Hadamard | None]:
+    """The matrices with their codes as `QTensor`s, and their rotation, if all are of one kind."""
+    wrong = [path for path, weight in coded.items() if not isinstance(weight, CodedWeight)]
+    if wrong:
+        raise ValueError(
+            "save_quantized: each of the seven matrices must be a CodedWeight, got a"
+            f" {type(coded[wrong[0]]).__name__} at {wrong[0]}; quantize all of them, or write float"
+            " weights with save_pretrained."
+        )
+    kinds = {
+        (str(w.spec), w.spec, w.rotation, w.activations, w.transform is not None)
+        for w in coded.values()
+    }
+    if len(kinds) > 1:
+        found = sorted({f"{kind[0]}, {kind[2]}, inputs {kind[3]}" for kind in kinds})
+        raise ValueError(
+            "save_quantized: all matrices must have one spec, rotation and format of inputs, got"
+            f" {'; '.join(found)}."
+        )
+    rotation = kinds.pop()[2]
+    if rotation is not None and not isinstance(rotation, Hadamard):
+        raise ValueError(f"save_quantized: rotations must be Hadamard transforms, got {rotation}.")
+    return {name: _unpacked(weight) for name, weight in coded.items()}, rotation
+
+
+def _scheme(coded: CodedWeight) -> tuple[dict[str, Any] | None, str | None]:
+    """That of compressed-tensors, or why there is none."""
+    if coded.transform is not None:
+        return None, "compressed-tensors has no transform of its own for each block of each matrix"
+    if coded.spec.scale == "minmax":
+        return None, "zero points are not written in the layouts of compressed-tensors"
+    try:
+        return scheme_of(coded.spec, coded.activations), None
+    except ValueError as error:
+        return None, str(error).split(";")[0]
+
+
+def _layer(coded: CodedWeight, layer: int) -> CodedWeight:
+    return jax.tree.map(lambda x: x[layer], coded)
+
+
+def _unpacked(coded: CodedWeight) -> CodedWeight:
+    return dataclasses.replace(coded, quantized=coded.codes()) if coded.is_packed else coded
+
+
+def _parts(coded: CodedWeight, scheme: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """The tensors of a matrix, by the ends of their names."""
+    q: QTensor = coded.quantized
+    if scheme is not None:
+        return to_parts(q, scheme)
+    parts = {part: getattr(q, field) for part, field in OUR_PARTS.items()}
+    if coded.transform is not None:
+        parts[TRANSFORM] = coded.transform.matrices
+    found = {part: np.asarray(array) for part, array in parts.items() if array is not None}
+    return {**found, "weight_shape": np.asarray(q.shape, np.int64)}
+
+
+def is_finite(q: QTensor) -> bool:
+    """Whether scales, and codes of 8-bit floats, are finite: those of the others always are."""
+    parts = [q.scales, q.global_scale]
+    if q.spec.format.kind == "float" and q.spec.format.bits == 8:
+        parts.append(q.codes)
+    for part in (np.asarray(part) for part in parts if part is not None):
+        values = part != _NAN_E8M0 if part.dtype == np.uint8 else np.isfinite(part.astype(float))
+        if not values.all():
+            return False
+    return True

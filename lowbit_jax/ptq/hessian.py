@@ -82,7 +82,7 @@ def damped(
 
 
 def layer_error(
-    w: Float[ArrayLike, "n k"], w_hat: Float[ArrayLike, "n k"], matrix: Float[ArrayLike, "k k"]
+    w: Float[ArrayLike, "..."], w_hat: Float[ArrayLike, "..."], matrix: Float[ArrayLike, "..."]
 ) -> Float[Array, ""]:
     """`tr((w - w_hat) H (w - w_hat)^T) / tr(w H w^T)`: squared error of the outputs, relative.
 
@@ -93,8 +93,17 @@ def layer_error(
 
     Returns:
       A scalar, 0 where nothing is lost of nothing.
+
+    Raises:
+      ValueError: If shapes do not go together.
     """
-    w, w_hat = jnp.asarray(w), jnp.asarray(w_hat)
+    w, w_hat, matrix = jnp.asarray(w), jnp.asarray(w_hat), jnp.asarray(matrix)
+    if w.ndim != 2 or w_hat.shape != w.shape or matrix.shape != (w.shape[-1],) * 2:
+        raise ValueError(
+            f"layer_error: two matrices (n, k) go with a Hessian (k, k), got {w.shape},"
+            f" {w_hat.shape} and {matrix.shape}; solve stacked layers one by one, each with its"
+            " Hessian."
+        )
 
     def energy(x):
         return jnp.sum(jnp.matmul(x, matrix, precision="highest") * x)

@@ -1,18 +1,18 @@
 """Compressed blocks in a folder, each whole or not at all."""
 
 import json
-import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from lowbit_jax.files import WRITING, write_atomically
+
 _SETTINGS = "settings.json"
-_WRITING = ".writing"  # of files that are not finished
 
 
 class KeptBlocks:
@@ -21,29 +21,41 @@ class KeptBlocks:
     A file is written beside its place and then moved there, so that a kill leaves no part of one.
     Settings bind from the first block on.
 
+    Args:
+      folder: Made where it is missing.
+      settings: Plain data for JSON.
+      who: Complains, in messages.
+      name: Of the files, where what is kept is no block.
+
     Raises:
       ValueError: If the folder holds blocks of other settings, or is one of something else.
     """
 
-    def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
-        self._folder = folder
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        settings: Mapping[str, Any],
+        *,
+        who: str = "compress_blocks",
+        name: str = "block",
+    ):
+        self.folder, self._who, self._name = folder, who, name
         text = json.dumps(dict(settings), indent=1, sort_keys=True) + "\n"
         path = folder / _SETTINGS
         names = {file.name for file in folder.glob("*")} if folder.exists() else set()
-        if names and _SETTINGS not in names and not all(n.endswith(_WRITING) for n in names):
+        if names and _SETTINGS not in names and not all(n.endswith(WRITING) for n in names):
             raise ValueError(
-                f"compress_blocks: {folder} holds other files and no {_SETTINGS}; choose an empty"
-                " folder."
+                f"{who}: {folder} holds other files and no {_SETTINGS}; choose an empty folder."
             )
-        has_blocks = any(name.startswith("block_") for name in names)
+        has_blocks = any(file.startswith(f"{name}_") for file in names)
         if has_blocks and (found := path.read_text()) != text:
             raise ValueError(
-                f"compress_blocks: {folder} was begun with other settings,"
+                f"{who}: {folder} was begun with other settings,"
                 f" {_difference(found, text)}; go on with those, or choose another folder."
             )
         if not has_blocks:
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(path, lambda file: file.write(text.encode()))
+            write_atomically(path, text)
 
     def save(self, index: int, tree: PyTree, notes: Mapping[str, Any]) -> None:
         """Writes the arrays of a block, and what is said of it, plain data for JSON."""
@@ -51,7 +63,9 @@ class KeptBlocks:
         for number, leaf in enumerate(jax.tree.leaves(tree)):
             # As bytes: npz knows neither bfloat16 nor float8.
             arrays[f"{number}"] = np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint8)
-        _replace(self._path(index), lambda file: np.savez(file, allow_pickle=False, **arrays))
+        write_atomically(
+            self._path(index), lambda file: np.savez(file, allow_pickle=False, **arrays)
+        )
 
     def __contains__(self, index: int) -> bool:
         """Whether a block is there."""
@@ -78,26 +92,13 @@ class KeptBlocks:
                 notes = json.loads(file["notes"].tobytes())
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"compress_blocks: {path} cannot be read ({type(error).__name__}: {error}); delete"
-                " it, and the block is compressed anew."
+                f"{self._who}: {path} cannot be read ({type(error).__name__}: {error}); delete"
+                " it, and what it holds is computed anew."
             ) from error
         return treedef.unflatten(found), notes
 
     def _path(self, index: int) -> pathlib.Path:
-        return self._folder / f"block_{index:03d}.npz"
-
-
-def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    temporary = path.with_name(f".{path.name}{_WRITING}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        return self.folder / f"{self._name}_{index:03d}.npz"
 
 
 def _difference(found: str, wanted: str) -> str:

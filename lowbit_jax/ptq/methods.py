@@ -5,13 +5,15 @@
     mr_gptq   GPTQ in blocks of the format's Hadamard, searched scales
     wush      GPTQ in the basis of WUSH;  wush_rtn: nearest levels there
 
-The quantized weights stand for weights in the original basis, `weight` of the compression: a model
-with these multiplies as one that rotates its inputs and multiplies by the codes does, but for
-rounding. Activations are quantized where the product takes them: rotated.
+    model, params = quantized_model(model, params, blocks, method)
+
+multiplies by the codes: inputs are transformed while the model runs, and rounded, transformed, if
+the method has a format for them (W4A4; W4A16 without). `quantized_params` gives float weights in
+the original basis instead, which multiply alike but for rounding, for whoever reads no codes.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -19,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lowbit_jax.models import llama_rules
+from lowbit_jax.models import Llama, llama_rules
 from lowbit_jax.models.linear import RecipeRules
-from lowbit_jax.numerics import QTensor, QuantSpec, dequantize
+from lowbit_jax.numerics import QTensor, QuantSpec
+from lowbit_jax.ops.coded_weight import CodedWeight, map_coded
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ptq.calibrate import CompressedBlock, Compression
 from lowbit_jax.ptq.gptq import gptq
@@ -42,7 +45,7 @@ class Method:
     Attributes:
       solver: See the head of this file.
       spec: Of the weights.
-      activations: Of the inputs of the products; None: not quantized.
+      activations: Of the inputs of the products, in the basis of the weights; None: not quantized.
       rotation: Block of a Hadamard transform along k before the solver; None: none, and of mr_gptq
         that of the format.
       search: Of scales, see `grids.find_grid`; None: that of the format, of mr_gptq its own.
@@ -64,16 +67,19 @@ class Method:
             raise ValueError(
                 f"Method: solver must be one of {', '.join(get_args(Solver))}, got {self.solver!r}."
             )
-        is_wush = self.solver.startswith("wush")
-        if is_wush and (self.rotation is not None or self.activations is not None):
+        if self.is_wush and self.rotation is not None:
             raise ValueError(
-                "Method: wush brings a transform of its own for each matrix, which a model does not"
-                f" apply to quantized activations, got rotation={self.rotation} and"
-                f" activations={self.activations}; leave both None."
+                "Method: wush brings a transform of its own for each matrix, got"
+                f" rotation={self.rotation}; leave it None."
             )
         for spec in (self.spec, self.activations):
             if spec is not None and spec.needs_key:
                 raise ValueError(f"Method: formats must round to nearest, got {spec}.")
+
+    @property
+    def is_wush(self) -> bool:
+        """Whether each matrix has a transform of its own."""
+        return self.solver in ("wush", "wush_rtn")
 
     @property
     def hadamard(self) -> Hadamard | None:
@@ -84,7 +90,11 @@ class Method:
 
 
 def compression_of(method: Method) -> Compression:
-    """What `compress_blocks` needs; kept is a `QTensor`, of WUSH that and the transform."""
+    """What `compress_blocks` needs; kept is a `QTensor`, of WUSH that and the transform.
+
+    A block that was compressed multiplies by float weights in the original basis, under the recipes
+    of `calibration_model`; of WUSH with quantized activations by the codes, with its transforms.
+    """
     rotation = method.hadamard
     search: Search = method.search or "rule"
     damping: dict[str, Any] = {"damping": method.damping}
@@ -92,7 +102,7 @@ def compression_of(method: Method) -> Compression:
     def solve(path: str, w: jax.Array, hessian: Hessian) -> tuple[PyTree, Any]:
         del path
         matrix, spec = hessian.matrix, method.spec
-        if method.solver in ("wush", "wush_rtn"):
+        if method.is_wush:
             inner, options = ("rtn", {}) if method.solver == "wush_rtn" else ("gptq", damping)
             q, info = wush_quantize(w, matrix, spec, solver=inner, search=search, **options)
             return (q, info.transform), info
@@ -104,22 +114,89 @@ def compression_of(method: Method) -> Compression:
             return rtn(w, matrix, spec, search=search)
         return gptq(w, matrix, spec, search=search, **damping)
 
-    def weight(path: str, kept: PyTree) -> jax.Array:
+    def weight(path: str, kept: PyTree) -> jax.Array | CodedWeight:
         del path
-        q, transform = kept if isinstance(kept, tuple) else (kept, None)
-        values = dequantize(jax.tree.map(jnp.asarray, q))
-        if transform is not None:
-            return transform.inverse_of_weights(values)
-        return values if rotation is None else rotation.inverse(values)
+        coded = jax.tree.map(jnp.asarray, coded_weight(kept, method))
+        return coded if method.is_wush and method.activations is not None else coded.dequantized()
 
     return Compression(solve, weight)
 
 
+def coded_weight(kept: PyTree, method: Method) -> CodedWeight:
+    """The weight that a model multiplies by, of what was kept of a matrix."""
+    q, transform = kept if isinstance(kept, tuple) else (kept, None)
+    return CodedWeight(q, transform, method.hadamard, method.activations)
+
+
 def activation_rules(method: Method) -> RecipeRules:
-    """Recipes that quantize the inputs of the seven matrices, rotated as their weights are."""
-    if method.activations is None:
+    """Recipes that quantize the inputs of the seven matrices, rotated as their weights are.
+
+    For float weights. None of WUSH, whose transforms are in no recipe but in the codes.
+    """
+    if method.activations is None or method.is_wush:
         return ()
     return llama_rules(DotRecipe(y_x=method.activations, rotation=method.hadamard))
+
+
+def calibration_model(model: Llama, method: Method) -> Llama:
+    """The model that `compress_blocks` is to run.
+
+    It has the recipes of `activation_rules`: the inputs that a matrix is solved for come from
+    quantized products, those before it in its own block included. Of WUSH those before it in its
+    own block take inputs as they are, for their transforms are not known yet; blocks that were
+    compressed round theirs in the basis of their transforms.
+
+    References:
+      Egiazarian et al., arXiv:2509.23202: Hessians of inputs that are rotated, not quantized, under
+      active quantizers of activations.
+    """
+    return Llama(dataclasses.replace(model.config, recipe_rules=activation_rules(method)))
+
+
+def quantized_model(
+    model: Llama, params: Mapping[str, Any], blocks: Iterable[CompressedBlock], method: Method
+) -> tuple[Llama, dict[str, Any]]:
+    """The model and its parameters with a `CodedWeight` for every matrix.
+
+    Nothing is decoded: what is new are codes, scales and transforms, on the host. Models of equal
+    methods have parameters of one tree structure, so that a function compiled for one serves all.
+
+    Args:
+      model: As it was trained or calibrated.
+      params: Its parameters, stacked over layers.
+      blocks: All of them, in order.
+      method: That made them.
+
+    Returns:
+      The model without recipes, for the codes say how inputs are rounded; the parameters, codes
+      stacked over layers as NumPy arrays, the rest as it was.
+
+    Raises:
+      ValueError: If there are not as many blocks as layers.
+    """
+    blocks = list(blocks)
+    if len(blocks) != model.config.n_layers:
+        raise ValueError(
+            f"quantized_model: needs a block for each of {model.config.n_layers} layers, got"
+            f" {len(blocks)}; pass all that compress_blocks yields."
+        )
+    layers = {part: dict(value) for part, value in params["layers"].items()}
+    for path in blocks[0].kept:
+        part, name = path.split("/")
+        coded = [coded_weight(block.kept[path], method) for block in blocks]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *coded)
+        layers[part][name] = {**layers[part][name], "weight": stacked}
+    plain = Llama(dataclasses.replace(model.config, recipe_rules=()))
+    return plain, {**params, "layers": layers}
+
+
+def with_activations(params: PyTree, activations: QuantSpec | None) -> PyTree:
+    """The parameters with another format of inputs, None for none; codes and transforms stay.
+
+    Raises:
+      ValueError: If there is no `CodedWeight`, or the format rounds at random.
+    """
+    return map_coded(lambda w: dataclasses.replace(w, activations=activations), params)
 
 
 def quantized_params(
@@ -142,7 +219,8 @@ def quantized_params(
         old = layers[part][name]["weight"]
         new = np.empty(old.shape, old.dtype)
         for index, block in enumerate(blocks):
-            new[index] = compression.weight(path, block.kept[path])
+            weight = compression.weight(path, block.kept[path])
+            new[index] = weight.dequantized() if isinstance(weight, CodedWeight) else weight
         layers[part][name] = {**layers[part][name], "weight": new}
     return {**params, "layers": layers}
 

@@ -1,10 +1,12 @@
 """Perplexity of a model on a text, with the window, the stride and the tokens that it is of."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree, Shaped
 
@@ -53,9 +55,12 @@ def perplexity(
 ) -> Perplexity:
     """Predicts each token from those before it in its window.
 
+    What is compiled serves all calls of equal models, parameters of one tree structure, and windows
+    of one shape: other weights do not compile anew.
+
     Args:
       model: With the recipes that it is to be evaluated with; none may need a key.
-      params: Its parameters.
+      params: Its parameters, float or `CodedWeight`s. NumPy arrays are copied to the device once.
       tokens: `(n,)` integers, a text. What is too short for one more window is left out.
       window: Tokens that the model sees at once.
       stride: 1 to `window`; None: `window`, so that every token is seen once.
@@ -84,20 +89,22 @@ def perplexity(
             f" {tokens.max()}; take the tokenizer that the model was trained with."
         )
     starts = np.arange(0, len(tokens) - window, stride)
-
-    def loss(params, batch, counted):
-        arguments = {"params": params}, batch[:, :-1], batch[:, 1:], counted
-        return model.apply(*arguments, method="loss")
-
-    batch_loss = jax.jit(loss, static_argnums=2)
+    params = jax.tree.map(jnp.asarray, params)  # once, not in every call
     total, count, done = 0.0, 0, 0
     while done < len(starts):
         # All of the first window count, of the others the last.
         counted, size = (stride, batch_size) if done else (window, 1)
         places = starts[done : done + size, None] + np.arange(window + 1)
         batch = np.asarray(tokens[places], np.int32)
-        total += float(batch_loss(params, batch, counted)) * len(batch) * counted
+        total += float(_batch_loss(model, params, batch, counted)) * len(batch) * counted
         count += len(batch) * counted
         done += len(batch)
         on_batch(done, len(starts))
     return Perplexity(total / count, count, window, stride)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _batch_loss(model, params, batch, counted):
+    """Mean over the last `counted` targets of each window of `batch` `(b, window + 1)`."""
+    arguments = {"params": params}, batch[:, :-1], batch[:, 1:], counted
+    return model.apply(*arguments, method="loss")

@@ -113,7 +113,9 @@ def sparsegpt(
         own, levels = lax.scan(solve_run, jnp.zeros_like(w), (jnp.arange(size // run) * run, parts))
         return lax.dynamic_update_slice(errors, own, (start, 0)), levels
 
-    blocks = _split((w.T, factor.unit, factor.pivots, scales, zero_points), size)
+    # Damping gives an input that was never on a pivot; its weights cost nothing and go first.
+    pivots = jnp.where(jnp.diagonal(matrix) == 0, 0, factor.pivots)
+    blocks = _split((w.T, factor.unit, pivots, scales, zero_points), size)
     _, levels = lax.scan(solve_block, jnp.zeros_like(w.T), (jnp.arange(k // size) * size, blocks))
     levels = levels.reshape(k, n).T
     if grid is None:

@@ -13,7 +13,7 @@ from lowbit_jax.data.tokenizers import (
     load_tokenizer,
     tokenizer_from_json,
 )
-from lowbit_jax.models.pretrained import Pretrained, gguf_tokenizer
+from lowbit_jax.models.pretrained import Pretrained, gguf_tokenizer, read_sentencepiece
 
 
 def tokenizer_of(
@@ -24,19 +24,24 @@ def tokenizer_of(
     Args:
       path: Of the model, a directory or a GGUF file.
       pretrained: What was loaded from there.
-      given: Another one, as `load_tokenizer` takes it.
+      given: Another one, as `load_tokenizer` takes it, or a tokenizer.model of SentencePiece.
 
     Raises:
-      ValueError: If there is none, it is no byte-level BPE, or has more tokens than the model.
+      ValueError: If there is none, it is of a kind that `tokenizer_from_json` refuses, or has more
+        tokens than the model.
     """
-    if given is not None:
-        tokenizer = load_tokenizer(given)
-    elif path.is_file():
+    source = pretrained.tokenizer_path if given is None else given
+    if given is None and path.is_file():
         tokenizer = tokenizer_from_json(gguf_tokenizer(path).to_str(), name=path.stem)
-    elif pretrained.tokenizer_path is not None:
-        tokenizer = load_tokenizer(pretrained.tokenizer_path)
+    elif source is None:
+        raise ValueError(
+            f"tokenizer_of: {path} has no tokenizer.json or tokenizer.model; pass --tokenizer FILE."
+        )
+    elif pathlib.Path(source).suffix == ".model" and pathlib.Path(source).is_file():
+        found = read_sentencepiece(pathlib.Path(source))
+        tokenizer = tokenizer_from_json(found.to_str(), name=pathlib.Path(source).parent.name)
     else:
-        raise ValueError(f"tokenizer_of: {path} has no tokenizer.json; pass --tokenizer FILE.")
+        tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > pretrained.model.config.vocab_size:
         raise ValueError(
             f"tokenizer_of: a model of {pretrained.model.config.vocab_size:,} tokens cannot read"
@@ -64,8 +69,12 @@ def read_tokens(
     if limit is not None and limit < 1:
         raise ValueError(f"read_tokens: limit must be at least 1 or None, got {limit}.")
     found, count = [], 0
+    continued = tokenizer.continued() if isinstance(tokenizer, BPETokenizer) else tokenizer
+    begins_document = True
     for piece in read_documents(paths):
-        (tokens,) = tokenizer.encode_batch([piece.text])
+        encoder = tokenizer if begins_document else continued
+        begins_document = piece.ends_document
+        (tokens,) = encoder.encode_batch([piece.text])
         found.append(tokens)
         count += len(tokens)
         if limit is not None and count >= limit:

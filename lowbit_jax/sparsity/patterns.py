@@ -8,6 +8,7 @@ rounds of counting: a sharded array is counted where it lies, and nothing is sor
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 import jax
@@ -69,6 +70,32 @@ class NM:
 
 
 Pattern = Unstructured | NM
+
+
+def parse_pattern(sparsity: float | None = None, n_of_m: str | None = None) -> Pattern:
+    """The pattern of two flags of a command, of which exactly one is given.
+
+    Args:
+      sparsity: Fraction that is removed.
+      n_of_m: Kept and of how many, such as "2:4".
+
+    Raises:
+      ValueError: If both or none are given, or either is out of range.
+    """
+    if (sparsity is None) == (n_of_m is None):
+        raise ValueError(
+            "parse_pattern: needs either a sparsity, such as 0.5, or a pattern, such as 2:4, got"
+            f" {sparsity} and {n_of_m}."
+        )
+    if sparsity is not None:
+        return Unstructured(sparsity)
+    found = re.fullmatch(r"(\d+):(\d+)", str(n_of_m))
+    if found is None:
+        raise ValueError(
+            "parse_pattern: a pattern is n:m, n kept of each m inputs, such as 2:4, got"
+            f" {n_of_m!r}."
+        )
+    return NM(int(found[1]), int(found[2]))
 
 
 def mask_of(

@@ -22,20 +22,18 @@ class SparseProjection:
 
     def masks(self, tree: PyTree, importance: PyTree | None = None) -> PyTree:
         """True where an entry stays; bools in the structure of `tree`."""
-        if importance is None:
-            scores = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-        else:
-            # The root of F x^2, in the same order: the square would underflow.
-            scores = jax.tree.map(
-                lambda x, f: jnp.sqrt(jnp.asarray(f, jnp.float32)) * jnp.asarray(x, jnp.float32),
-                tree,
-                importance,
-            )
-        scores = jax.lax.stop_gradient(scores)
+        tree = jax.lax.stop_gradient(tree)
         if self.budget == "tree":
             assert isinstance(self.pattern, Unstructured)  # as onto_pattern demands
+            scores = jax.tree.map(_scores, *_trees(tree, importance))
             return masks_of_tree(scores, self.pattern)
-        return jax.tree.map(lambda s: mask_of(s, self.pattern, self.per), scores)
+
+        def mask(*leaf):
+            if leaf[0].ndim > 2:  # a matrix after the other: the counting takes 12 bytes an entry
+                return jax.lax.map(lambda part: mask(*part), leaf)
+            return mask_of(_scores(*leaf), self.pattern, self.per)
+
+        return jax.tree.map(mask, *_trees(tree, importance))
 
     def __call__(self, tree: PyTree, importance: PyTree | None = None) -> PyTree:
         """The projection; same shapes and dtypes. Kept entries are the argument's, bit for bit."""
@@ -70,6 +68,17 @@ def onto_pattern(
             " which leaves no choice between leaves; use budget='leaf'."
         )
     return SparseProjection(pattern, per, budget)
+
+
+def _trees(tree: PyTree, importance: PyTree | None) -> tuple[PyTree, ...]:
+    trees = (tree,) if importance is None else (tree, jax.lax.stop_gradient(importance))
+    return tuple(jax.tree.map(jnp.asarray, t) for t in trees)
+
+
+def _scores(x, f=None):
+    """What is compared: `|x|`, or the root of `F x^2`, in the same order; the square underflows."""
+    x = x.astype(jnp.float32)
+    return x if f is None else jnp.sqrt(f.astype(jnp.float32)) * x
 
 
 def apply_masks(tree: PyTree, masks: PyTree) -> PyTree:

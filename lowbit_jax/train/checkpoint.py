@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from lowbit_jax.files import sync, write_atomically
 from lowbit_jax.parallel import is_first, on_first
 from lowbit_jax.train.state import TrainState, abstract_state, leaf_paths, nonfinite_leaves
 
@@ -100,7 +101,7 @@ def _finish(
         shutil.rmtree(damaged, ignore_errors=True)
     else:
         temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _remove_old(directory: pathlib.Path, keep: int) -> None:
@@ -128,7 +129,7 @@ def _write_manifest(folder: pathlib.Path, state: TrainState, metadata: dict[str,
     manifest = {"sha256": _hash_json(manifest), **manifest}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for path in (*folder.rglob("*"), folder):
-        _sync(path)  # a power failure must not take the content of what the rename names
+        sync(path)  # a power failure must not take the content of what the rename names
 
 
 def restore_latest(
@@ -223,24 +224,6 @@ def find_damage(checkpoint: pathlib.Path) -> str | None:
         return next(filter(None, readers.map(damage, manifest["files"])), None)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, finds the old content or the new, never a part.
-
-    Raises:
-      OSError: If it cannot be written; the old content is there then.
-    """
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say which file it did not take
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-
-
 def _describe(state: Any) -> dict[str, str]:
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaf_paths(state)}
 
@@ -263,11 +246,3 @@ def _hash(path: pathlib.Path) -> str:
 
 def _hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lowbit_jax.train.checkpoint import write_atomically
+from lowbit_jax.files import write_atomically
 from lowbit_jax.train.summary import Summary, load_summary
 from lowbit_jax.train.tracking import read_metrics
 

@@ -3,11 +3,18 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import tokenizers
 
 from lowbit_jax.models import LlamaConfig
+from lowbit_jax.models.linear import resolve_recipes
+from lowbit_jax.models.llama import QUANTIZABLE_PATHS
 from lowbit_jax.models.pretrained import Pretrained, load_pretrained, save_pretrained
+from lowbit_jax.numerics import QTensor
+from lowbit_jax.ops import quantize_weight
+from lowbit_jax.ops.coded_weight import CodedWeight
 from lowbit_jax.optim import dequantize_leaves
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
 from lowbit_jax.train.config import Config, UsageError, load_config_file
@@ -53,32 +60,43 @@ def load_run(run_dir: str | os.PathLike) -> tuple[Config, TrainState]:
 
 
 def export_run(
-    run_dir: str | os.PathLike, path: str | os.PathLike, *, dtype: str | None = None
+    run_dir: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    save_codes: Callable[..., Any] | None = None,
 ) -> tuple[Config, int]:
     """Writes the newest weights of a run as a Hugging Face directory, with its tokenizer.
 
     The weights are those that are stored, dequantized where a run stores codes. Recipes are not
-    written: a model trained with one predicts as it did in training under that recipe only.
+    written: a model trained with one predicts as it did in training under that recipe only. With
+    `save_codes` the weights are those of `coded_params`, which say how inputs are quantized, too.
 
     Args:
       run_dir: Folder of the run.
       path: Of the directory, see `save_pretrained`.
       dtype: Of the weights, see `save_pretrained`.
+      save_codes: `ptq.export.save_quantized`, or another function that takes what it takes; None:
+        float weights.
 
     Returns:
       The configuration of the run and the step of the weights.
 
     Raises:
-      UsageError: As `load_run`.
+      UsageError: As `load_run`, or as `coded_params`.
       ValueError: As `save_pretrained`.
     """
     config, state = load_run(run_dir)
     tokenizer = config.data.tokenizer
     text = tokenizer.to_json()
-    save_pretrained(
+    if save_codes is None:
+        save, params = save_pretrained, dequantize_leaves(state.params)
+    else:
+        save, params = save_codes, coded_params(config, state)
+    save(
         path,
         config.model,
-        dequantize_leaves(state.params),
+        params,
         tokenizer=None if text is None else tokenizers.Tokenizer.from_str(text),
         metadata={
             "max_position_embeddings": config.seq_len,
@@ -87,6 +105,45 @@ def export_run(
         dtype=dtype,
     )
     return config, int(state.step)
+
+
+def coded_params(config: Config, state: TrainState) -> dict[str, Any]:
+    """The parameters of a run with a `CodedWeight` for each of the seven matrices.
+
+    Codes are those that the products of the newest step multiplied by: of the recipe, in its
+    basis, with the format of its inputs; or those that are stored, where no recipe quantizes.
+    `Llama(config.model.config without rules)` then predicts as the run does.
+
+    Args:
+      config: Of the run.
+      state: Its state; the step says which recipes hold.
+
+    Raises:
+      UsageError: If the weights of a matrix are not quantized, or at random.
+    """
+    done = max(int(state.step) - 1, 0)
+    model = [model for start, model in config.phases if start <= done][-1]
+    recipes = resolve_recipes(model.config.recipe_rules, QUANTIZABLE_PATHS)
+
+    params: Any = dequantize_leaves(state.params)
+    layers = {part: dict(value) for part, value in params["layers"].items()}
+    for path, (_, recipe) in recipes.items():
+        _, part, name, _ = path.split("/")
+        stored = state.params["layers"][part][name]["weight"]
+        of_product = (recipe.y_w, recipe.y_x, recipe.rotation_of("y"))
+        if recipe.is_identity and isinstance(stored, QTensor):
+            coded = CodedWeight(stored)
+        elif recipe.y_w is None or any(p is not None and p.needs_key for p in of_product):
+            raise UsageError(
+                "coded_params: the recipe must quantize the weights of each of the seven matrices,"
+                f" and nothing of their product at random, got {recipe} for {path}; export float"
+                " weights."
+            )
+        else:
+            q = quantize_weight(layers[part][name]["weight"], recipe)
+            coded = CodedWeight(q, None, recipe.rotation_of("y"), recipe.y_x)
+        layers[part][name] = {**layers[part][name], "weight": coded}
+    return {**params, "layers": layers}
 
 
 def import_pretrained(path: str | os.PathLike, config: Config, run_dir: str | os.PathLike) -> None:

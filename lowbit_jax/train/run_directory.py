@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from lowbit_jax.train.checkpoint import list_checkpoints, write_atomically
+from lowbit_jax.files import write_atomically
+from lowbit_jax.train.checkpoint import list_checkpoints
 from lowbit_jax.train.config import RunIdentity, UsageError
 from lowbit_jax.train.run_lock import RunLock
 

@@ -15,12 +15,12 @@ from jaxtyping import PyTree
 
 from lowbit_jax.analysis.speed_of_light import SpeedOfLight, show_speed, speed_metrics
 from lowbit_jax.analysis.text_baselines import text_baselines
+from lowbit_jax.files import write_atomically
 from lowbit_jax.models import Llama, count_params, recipe_table
 from lowbit_jax.ops import Explanation
 from lowbit_jax.ops.dot_recipe import PRODUCTS, DotRecipe
 from lowbit_jax.ops.recipes import weight_projection
 from lowbit_jax.parallel import on_first
-from lowbit_jax.train.checkpoint import write_atomically
 from lowbit_jax.train.config import Config
 from lowbit_jax.train.evaluate import Evaluation
 from lowbit_jax.train.state import leaf_paths

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lowbit_jax.train.checkpoint import write_atomically
+from lowbit_jax.files import write_atomically
 from lowbit_jax.train.config import UsageError, load_config_file, parse_knobs
 from lowbit_jax.train.job_queue import Job, QueueReport, Slot, run_jobs
 from lowbit_jax.train.loop import Diverged

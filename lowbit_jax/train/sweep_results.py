@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lowbit_jax.train.checkpoint import write_atomically
+from lowbit_jax.files import write_atomically
 from lowbit_jax.train.sweep_rows import Row
 
 # A finished run as JSON values, see `compare.run_record`, with "row" and "seed"; of a run that

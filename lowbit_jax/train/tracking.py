@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from lowbit_jax.analysis.speed_of_light import SPEEDS, show_speed
-from lowbit_jax.train.checkpoint import write_atomically
+from lowbit_jax.files import write_atomically
 
 
 class Throughput:

@@ -15,6 +15,7 @@ from lowbit_jax.numerics.presets import INT4
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ops.recipes import get_recipe
 from lowbit_jax.parallel import make_mesh
+from lowbit_jax.ptq import calibrate
 from lowbit_jax.ptq.calibrate import Compression, compress_blocks
 from lowbit_jax.ptq.hessian import add_inputs, empty_hessian
 from lowbit_jax.ptq.info import Info
@@ -183,6 +184,18 @@ def test_a_folder_of_other_settings_or_a_damaged_file_is_refused(params, tmp_pat
     changed = {**params, "final_norm": {"scale": 2 * params["final_norm"]["scale"]}}
     with pytest.raises(ValueError, match="params_sha256"):
         next(compress_blocks(MODEL, changed, BATCHES, method, folder=tmp_path, settings=SETTINGS))
+    # The same tokens in windows of another length.
+    longer = [np.concatenate(BATCHES).reshape(1, 2, 24)[0]]
+    with pytest.raises(ValueError, match="tokens_sha256"):
+        next(compress_blocks(MODEL, params, longer, method, folder=tmp_path, settings=SETTINGS))
+    for name in ("embedding", "layers"):  # first row of the embedding; first layer
+        changed = jax.tree.map(np.copy, params)
+        for leaf in jax.tree.leaves(changed[name]):
+            leaf[0] += 1
+        match = "params_sha256" if name == "embedding" else "block 0 .* of other parameters"
+        with pytest.raises(ValueError, match=match):
+            next(compress_blocks(MODEL, changed, BATCHES, method, folder=tmp_path,
+                                 settings=SETTINGS))  # fmt: skip
     file = tmp_path / "block_001.npz"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"block_001.npz cannot be read .* delete it"):
@@ -202,6 +215,9 @@ def test_what_cannot_be_calibrated_is_refused(params):
         next(compress_blocks(MODEL, params, [], method))
     with pytest.raises(ValueError, match="of one shape"):
         next(compress_blocks(MODEL, params, [BATCHES[0], BATCHES[0][:, :5]], method))
+    for wrong in (BATCHES[0] + 48, BATCHES[0] - 48, BATCHES[0].astype(np.float32)):
+        with pytest.raises(ValueError, match="tokens must be integers from 0 to 47"):
+            next(compress_blocks(MODEL, params, [wrong], method))
     rules = llama_rules(get_recipe("quartet"))
     random = Llama(dataclasses.replace(MODEL.config, recipe_rules=rules))
     with pytest.raises(ValueError, match="must not need a key"):
@@ -243,3 +259,31 @@ def test_hessians_sum_over_the_rows_of_all_devices(params):
         # Bound: as above.
         scale = np.abs(a.matrix).max()
         chex.assert_trees_all_close(a.matrix, b.matrix, rtol=0, atol=1e-4 * scale)
+
+
+def test_nothing_of_a_block_stays_on_the_device(params):
+    shapes = {(WIDTH, WIDTH), (64, 64), (64, WIDTH), (WIDTH, 64)}  # Hessians and matrices
+
+    def alive():
+        return sum(x.shape in shapes for x in jax.live_arrays())
+
+    host = jax.tree.map(np.array, params)
+    halves = {"k_proj": (WIDTH // 2, WIDTH), "v_proj": (WIDTH // 2, WIDTH)}
+    others = {"gate_proj": (64, WIDTH), "up_proj": (64, WIDTH), "down_proj": (WIDTH, 64)}
+
+    def weight(path, kept):
+        return jnp.zeros((halves | others).get(path.split("/")[1], (WIDTH, WIDTH)))
+
+    # On a CPU arrays of the host are views of those of the device: next to nothing is kept here.
+    keeps = Compression(lambda path, w, h: (w[:1, :1], INFO), weight)
+    before = alive()
+    for _ in compress_blocks(MODEL, host, BATCHES, keeps):
+        assert alive() == before
+
+
+def test_a_second_method_compiles_no_block_anew(params):
+    list(compress_blocks(MODEL, params, BATCHES, Recorder().compression))
+    sizes = [f._cache_size() for f in (calibrate._embed, calibrate._record, calibrate._run)]
+    again = Llama(dataclasses.replace(MODEL.config))
+    list(compress_blocks(again, params, BATCHES, Recorder().compression))
+    assert sizes == [f._cache_size() for f in (calibrate._embed, calibrate._record, calibrate._run)]

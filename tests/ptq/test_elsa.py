@@ -1,13 +1,17 @@
 """Elsa on a small network with a sparse teacher."""
 
+import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from lowbit_jax.optim import match_paths
+from lowbit_jax.optim import find_admm_state, match_paths
+from lowbit_jax.ptq.descent import Keep
 from lowbit_jax.ptq.elsa import ElsaSettings, prune_by_elsa, retrain
 from lowbit_jax.sparsity import NM, Unstructured, onto_pattern
 
@@ -47,15 +51,15 @@ def problem():
         lambda p: jnp.asarray(0.2 * rng.normal(size=p.shape), jnp.float32), teacher
     )
     batches = data[:-1]
-    dense = retrain(
+    dense, _ = retrain(
         loss_fn, start, itertools.cycle(batches), steps=STEPS, learning_rate=1e-2, mask=None
     )
     return dense, batches, data[-1]
 
 
-def run(problem, settings, mask=PRUNED):
+def run(problem, settings, mask=PRUNED, **options):
     dense, batches, _ = problem
-    return prune_by_elsa(loss_fn, dense, itertools.cycle(batches), settings, mask=mask)
+    return prune_by_elsa(loss_fn, dense, itertools.cycle(batches), settings, mask=mask, **options)
 
 
 def settings(pattern, **options):
@@ -86,7 +90,7 @@ def test_elsa_beats_one_shot_magnitude_and_retraining_its_mask(problem, eighty):
         name: onto_pattern(Unstructured(0.8))(leaf) if name != "bias" else leaf
         for name, leaf in dense.items()
     }
-    control = retrain(
+    control, _ = retrain(
         loss_fn,
         one_shot,
         itertools.cycle(batches),
@@ -140,12 +144,92 @@ def test_records_show_the_gap_closing(eighty):
     assert any(r.flips > 0 for r in records)
 
 
+class Killed(Exception):
+    """Ends a run as a kill would: nothing that it leaves behind is tidied up."""
+
+
+def kill_at(step):
+    def report(record):
+        if record.step == step:
+            raise Killed
+
+    return report
+
+
+def pruning(problem, batches, keep, report=None):
+    chosen = settings(Unstructured(0.8), steps=36, is_low_precision=True)
+    return prune_by_elsa(
+        loss_fn, problem[0], batches, chosen, mask=PRUNED, keep=keep, report=report
+    )
+
+
+def retraining(problem, batches, keep, report=None):
+    sparse = onto_pattern(Unstructured(0.8))(problem[0])
+    options = {"steps": 36, "learning_rate": 1e-2, "mask": PRUNED, "keep": keep}
+    return retrain(loss_fn, sparse, batches, report=report, **options)
+
+
+@pytest.mark.parametrize(("start", "killed_at"), [(pruning, 24), (retraining, 36)])
+def test_a_killed_run_goes_on_with_the_same_bits(problem, tmp_path, start, killed_at):
+    batches = [problem[1][i % 16] for i in range(36)]
+    whole = start(problem, batches, None)
+    keep = Keep(tmp_path, {"data": "same"}, every_s=0)
+    if killed_at < 36:  # dies before step 24 is kept: step 16 is
+        with pytest.raises(Killed):
+            start(problem, batches, keep, kill_at(killed_at))
+    else:
+        start(problem, batches, keep)
+    seen = []
+    again = start(problem, batches, keep, lambda record: seen.append(record.step))
+    assert seen == ([16, 24, 32, 36] if killed_at < 36 else [36])
+    chex.assert_trees_all_equal(again, whole)  # Exact: parameters and records.
+    assert [r.step for r in again[1]][-2:] == [32, 36]
+    with pytest.raises(ValueError, match=r"begun with other batches than the 36 that came first"):
+        start(problem, batches[::-1], keep)
+    with pytest.raises(ValueError, match=r"other settings, data = 'same' where it is 'other' now"):
+        start(problem, batches, keep._replace(settings={"data": "other"}))
+    with pytest.raises(ValueError, match="params_sha256"):
+        start((jax.tree.map(lambda p: 2 * p, problem[0]), *problem[1:]), batches, keep)
+    file = tmp_path / "state_000.npz"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"state_000.npz cannot be read .* delete it"):
+        start(problem, batches, keep)
+
+
+def test_flips_are_the_changes_of_the_mask():
+    """Against the masks of an optimizer that is run here."""
+
+    def distance(params, goal):
+        return jnp.sum((params - goal) ** 2)
+
+    rng = np.random.default_rng(0)
+    start, goals = jnp.asarray(draw(rng, 8, 16, 1.0)), [draw(rng, 8, 16, 1.0)] * 12
+    chosen = settings(Unstructured(0.5), steps=12, interval=4, is_objective_aware=False)
+    chosen = dataclasses.replace(chosen, learning_rate=0.3)
+    _, records = prune_by_elsa(distance, start, goals, chosen, mask=None)
+    tx, masks = chosen.optimizer(), []
+    params, state = start, jax.jit(tx.init)(start)
+    update = jax.jit(tx.update)
+    for goal in (*goals, None):
+        if int(find_admm_state(state).count) % 4 == 0:
+            masks.append(np.asarray(find_admm_state(state).z) == 0)
+        if goal is not None:
+            updates, state = update(2 * (params - goal), state, params)
+            params = optax.apply_updates(params, updates)
+    expected = [np.mean(a != b) for a, b in itertools.pairwise(masks)]
+    assert min(expected) > 0
+    np.testing.assert_array_equal([r.flips for r in records], expected)  # Exact: n / 128.
+
+
 def test_what_cannot_be_done_is_refused(problem):
     dense, batches, _ = problem
     with pytest.raises(ValueError, match=r"batch for each of 400 steps, got 16; pass more"):
         prune_by_elsa(loss_fn, dense, batches, settings(Unstructured(0.5)), mask=None)
     with pytest.raises(ValueError, match=r"interval must lie in 1 .. steps, got interval=32"):
         ElsaSettings(Unstructured(0.5), steps=16)
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), dense)
+    with pytest.raises(ValueError, match="must be float32 while they train, got bfloat16"):
+        prune_by_elsa(loss_fn, narrow, batches, settings(Unstructured(0.5)), mask=None)
     poisoned = jax.tree.map(lambda p: p * jnp.nan, dense)
     with pytest.raises(ValueError, match=r"loss must stay finite, got nan before step 8"):
         prune_by_elsa(loss_fn, poisoned, itertools.cycle(batches), settings(NM(2, 4)), mask=PRUNED)

@@ -56,3 +56,14 @@ def test_too_few_bits_and_broken_hessians_are_refused():
         hptq(w, matrix, 0.5)
     with pytest.raises(ValueError, match="hptq: weights and Hessian must be finite"):
         hptq(w, matrix.at[0, 0].set(jnp.nan), 3.0)
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.05, 1.5])
+def test_few_bits_suffice_where_errors_grow_beyond_the_weights(bits):
+    # Inputs of rank two: what columns hand on is larger than any weight.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, 2)) @ rng.standard_normal((2, 64))
+    x += 1e-2 * rng.standard_normal((256, 64))
+    w = jnp.asarray(rng.standard_normal((32, 64)), jnp.float32)
+    coded, _ = hptq(w, jnp.asarray(x.T @ x / 256, jnp.float32), bits)
+    assert huffman_bits(coded.integers) <= bits

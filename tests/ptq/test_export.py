@@ -1,4 +1,4 @@
-"""Packed directories: back through our reader and, where it is installed, compressed-tensors."""
+"""Directories of codes: back through our reader and, where it is installed, compressed-tensors."""
 
 import dataclasses
 import json
@@ -9,15 +9,24 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from lowbit_jax import FP8_E4M3, INT2, INT3, INT4, INT8, MXFP4, NVFP4, QUEST_INT4, quantize
+from lowbit_jax import FP8_E4M3, INT2, INT3, INT4, INT8, MXFP4, NVFP4, QUEST_INT4
 from lowbit_jax.models import Llama, LlamaConfig
 from lowbit_jax.models.llama import QUANTIZABLE_PATHS
 from lowbit_jax.models.pretrained import load_pretrained, open_safetensors
 from lowbit_jax.models.pretrained.assemble import parameter_shapes
-from lowbit_jax.numerics import dequantize
+from lowbit_jax.numerics import QuantSpec, dequantize_matrices, quantize_matrices, unsigned
 from lowbit_jax.numerics.presets import FP8_E4M3_TENSOR
-from lowbit_jax.ptq.export import bits_on_disk, load_quantized, save_quantized
+from lowbit_jax.ops.coded_weight import CodedWeight
+from lowbit_jax.ptq.export import bits_on_disk, save_quantized, shares_global_scales
+from lowbit_jax.ptq.quantized_directory import (
+    describe_directory,
+    is_quantized_directory,
+    load_quantized,
+)
+from lowbit_jax.rotations import Hadamard
+from lowbit_jax.rotations.wush import BlockTransform
 
+VALUES = jax.jit(dequantize_matrices)
 MODEL = Llama(
     LlamaConfig(
         vocab_size=40, d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=96, dtype="float32"
@@ -25,7 +34,7 @@ MODEL = Llama(
 )
 # Spec, and bits a parameter of which scales and what is stored once a matrix are part: matrices
 # have 28,672 parameters a layer in seven.
-CASES = {
+SERVED = {
     "nvfp4": (NVFP4, 4 + 8 / 16),
     "mxfp4": (MXFP4, 4 + 8 / 32),
     "mxfp4 ct175": (dataclasses.replace(MXFP4, scale="absmax_ct175"), 4 + 8 / 32),
@@ -36,6 +45,12 @@ CASES = {
     "fp8 row": (FP8_E4M3, None),
     "fp8 tensor": (FP8_E4M3_TENSOR, None),
 }
+OURS = {
+    "quest": (QUEST_INT4, None),
+    "floor43": (dataclasses.replace(MXFP4, scale="absmax_floor43"), 4 + 8 / 32),
+    "uint3 minmax": (QuantSpec(unsigned(3), 32, "minmax"), 3 + 40 / 32),
+}
+CASES = SERVED | OURS
 
 
 @pytest.fixture(scope="module")
@@ -49,54 +64,93 @@ def params():
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def quantized_by(spec, params):
+def coded_by(spec, params, **fields):
+    """The parameters with codes in place of matrices."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    solve = jax.jit(lambda w: quantize(w, spec))
-    return {path: [solve(w) for w in flat[path]] for path in QUANTIZABLE_PATHS}
+    solve = jax.jit(lambda w: quantize_matrices(w, spec))
+    coded = {path: CodedWeight(solve(flat[path]), **fields) for path in QUANTIZABLE_PATHS}
+    return traverse_util.unflatten_dict(flat | coded, sep="/")
+
+
+def matrices(params):
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {path: flat[path] for path in QUANTIZABLE_PATHS}
+
+
+def note_of(path):
+    return json.loads((path / "config.json").read_text())["quantization_config"]
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)  # exact: the same bits
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, params, tmp_path_factory):
-    """Spec, claimed bits, QTensors, the directory and the bits that were reported."""
-    spec, claim = CASES[request.param]
-    quantized = quantized_by(spec, params)
+    """Name, coded parameters, the directory and what was said of it."""
+    coded = coded_by(CASES[request.param][0], params)
     path = tmp_path_factory.mktemp("quantized") / "model"
-    bits = save_quantized(path, MODEL, params, quantized, metadata={"eos_token_id": 1})
-    return spec, claim, quantized, path, bits
+    saved = save_quantized(path, MODEL, coded, metadata={"eos_token_id": 1})
+    return request.param, coded, path, saved
 
 
-def test_weights_come_back_bit_by_bit(case, params):
-    spec, _, quantized, path, _ = case
-    found = load_quantized(path, "float32")
+def test_codes_come_back_bit_by_bit(case, params):
+    name, coded, path, _ = case
+    assert is_quantized_directory(path)
+    found = load_quantized(path, "float32", on_host=True)
     assert found.model == MODEL
     assert found.metadata["eos_token_id"] == 1
     flat = traverse_util.flatten_dict(found.params, sep="/")
-    for name, expected in traverse_util.flatten_dict(params, sep="/").items():
-        if name not in quantized:
+    for key, expected in traverse_util.flatten_dict(params, sep="/").items():
+        if key not in QUANTIZABLE_PATHS:
             rounded = expected.astype(jnp.bfloat16).astype(np.float32)
-            np.testing.assert_array_equal(flat[name], rounded)  # exact: stored in bfloat16
-            continue
-        weights = np.stack([dequantize(q) for q in quantized[name]])
-        if spec.scale.startswith("absmax_e4m3"):
-            # Bound: the files hold the reciprocal of the global scale, whose reciprocal is taken
-            # again, and the product of scales is rounded: three times 2^-24, each way.
-            np.testing.assert_allclose(flat[name], weights, rtol=6 * 2.0**-24)
-        else:
-            np.testing.assert_array_equal(flat[name], weights)  # exact: the same bits
+            np.testing.assert_array_equal(flat[key], rounded)  # exact: stored in bfloat16
+    for key, expected in matrices(coded).items():
+        if name == "nvfp4":
+            scale = flat[key].quantized.global_scale
+            # Bound: the files hold its reciprocal, of which the reciprocal is taken again: twice
+            # half a unit of 2^-23.
+            np.testing.assert_allclose(scale, expected.quantized.global_scale, rtol=2.0**-23)
+            q = dataclasses.replace(expected.quantized, global_scale=scale)
+            expected = dataclasses.replace(expected, quantized=q)
+        assert_same(flat[key], expected)
+    floats = matrices(load_quantized(path, "float32", dequantizes=True).params)
+    for key, weight in floats.items():
+        np.testing.assert_array_equal(weight, VALUES(flat[key].quantized))
+
+
+def test_what_others_wrote_is_read_without_our_note(case, tmp_path):
+    name, _, path, _ = case
+    if name in OURS:
+        return
+    record = json.loads((path / "config.json").read_text())
+    del record["quantization_config"]["lowbit_jax"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
+    with_note = matrices(load_quantized(path, on_host=True).params)
+    for key, weight in matrices(load_quantized(tmp_path, on_host=True).params).items():
+        expected = VALUES(with_note[key].quantized)
+        np.testing.assert_array_equal(VALUES(weight.quantized), expected)
 
 
 def test_the_bits_on_disk_are_those_that_were_claimed(case):
-    spec, claim, quantized, path, bits = case
+    name, coded, path, saved = case
+    spec, claim = CASES[name]
+    bits = saved.bits_per_param
+    assert (saved.layout == "lowbit_jax", saved.obstacle is not None) == (name in OURS,) * 2
     assert bits == bits_on_disk(path)
-    assert bits < 4 + spec.format.bits
-    tensors = [q for layers in quantized.values() for q in layers]
+    assert f"{bits:.3f} bits a weight on disk" in describe_directory(path)
+    tensors = [weight.quantized for weight in matrices(coded).values()]
     count = sum(int(np.prod(q.shape)) for q in tensors)
-    # Beside codes and scales there is at most a shape, or a global scale, a matrix: 16 bytes.
+    # Beside codes and scales there are at most a shape and a global scale a matrix: 20 bytes.
     # Two bits in rows of 96 fill whole words, so that nothing is padded.
     held = 8 * sum(q.nbytes for q in tensors) / count
-    assert held <= bits + 1e-9 <= held + 8 * 16 * len(tensors) / count + 1e-9
+    extra = 8 * 20 * MODEL.config.n_layers * len(tensors) / count
+    assert held <= bits + 1e-9 <= held + extra + 1e-9
     if claim is not None:
-        assert claim <= bits <= claim + 8 * 16 * len(tensors) / count
+        assert claim <= bits + 1e-9 <= claim + extra + 1e-9
+        assert spec.bits_per_param(64) == claim
 
 
 def test_the_package_decompresses_to_the_same_weights(case):
@@ -104,82 +158,129 @@ def test_the_package_decompresses_to_the_same_weights(case):
     torch = pytest.importorskip("torch")
     from compressed_tensors.compressors import BaseCompressor
 
-    _, _, _, path, _ = case
-    record = json.loads((path / "config.json").read_text())["quantization_config"]
+    name, _, path, _ = case
+    if name in OURS:
+        return
+    record = note_of(path)
     config = package.quantization.QuantizationConfig.model_validate(record)
     compressor = BaseCompressor.get_value_from_registry(record["format"])
-    ours = load_quantized(path, "float32", on_host=True).params["layers"]
-    state = safetensors_by_torch(path / "model.safetensors")
+    ours = load_quantized(path, on_host=True, dequantizes=True).params["layers"]
+    state = pytest.importorskip("safetensors.torch").load_file(path / "model.safetensors")
     for layer in range(2):
         for name, part in (("self_attn.q_proj", "attention"), ("mlp.down_proj", "mlp")):
             prefix = f"model.layers.{layer}.{name}."
             module = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             theirs = compressor.decompress(module, config.config_groups["group_0"])["weight"]
             expected = ours[part][name.split(".")[1]]["weight"][layer]
-            expected = torch.from_numpy(expected).to(theirs.dtype)
+            expected = torch.tensor(expected).to(theirs.dtype)
             assert torch.equal(theirs, expected)  # exact, in the dtype that they decompress to
 
 
-def safetensors_by_torch(path):
-    return pytest.importorskip("safetensors.torch").load_file(path)
+def test_rotated_codes_are_rotated_by_the_package_too(params, tmp_path):
+    path, hadamard = tmp_path / "m", Hadamard(32)
+    coded = coded_by(MXFP4, params, rotation=hadamard)
+    save_quantized(path, MODEL, coded, dtype=None)
+    assert "transform_config" in describe_directory(path)
+    found = load_quantized(path, "float32", on_host=True)
+    for key, weight in matrices(found.params).items():
+        assert_same(weight, matrices(coded)[key])
+    tokens = np.arange(24)[None] % 40
+    logits = jax.jit(MODEL.apply)({"params": found.params}, tokens)
+
+    pytest.importorskip("compressed_tensors")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+    how = transformers.CompressedTensorsConfig(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, quantization_config=how
+    )
+    # The version that this was written with does not look at the transforms of a directory.
+    transform = TransformConfig.model_validate(note_of(path)["transform_config"])
+    apply_transform_config(theirs, transform)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    # Bound: float32 sums of up to 96 terms in 14 products that feed each other; without the
+    # transform the error is above 1.
+    assert error < 14 * 96 * 2.0**-24
+
+
+def test_a_transform_of_each_block_is_kept_in_our_layout(params, tmp_path):
+    coded, rng = coded_by(MXFP4, params, activations=MXFP4), np.random.default_rng(1)
+    flat = traverse_util.flatten_dict(coded, sep="/")
+    for key, weight in matrices(coded).items():
+        count = weight.shape[-1] // 32
+        transform = BlockTransform(rng.standard_normal((2, count, 32, 32), np.float32))
+        flat[key] = dataclasses.replace(weight, transform=transform)
+    coded = traverse_util.unflatten_dict(flat, sep="/")
+    saved = save_quantized(tmp_path / "m", MODEL, coded)
+    assert saved.layout == "lowbit_jax"
+    assert "transform of its own" in saved.obstacle
+    for key, weight in matrices(load_quantized(tmp_path / "m", on_host=True).params).items():
+        assert_same(weight, flat[key])
 
 
 def test_inputs_of_nvfp4_share_a_scale_where_servers_fuse(params, tmp_path):
-    quantized = quantized_by(NVFP4, params)
-    scales = {path: [2.0**-i, 1.0] for i, path in enumerate(QUANTIZABLE_PATHS)}
-    save_quantized(
-        tmp_path / "m", MODEL, params, quantized, quantize_inputs=True, input_global_scales=scales
-    )
-    record = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
-    inputs = record["config_groups"]["group_0"]["input_activations"]
+    coded = coded_by(NVFP4, params, activations=NVFP4)
+    assert not shares_global_scales(coded)
+    absmax = {path: [448 * 6 * 2.0**-i, 0.0] for i, path in enumerate(QUANTIZABLE_PATHS)}
+    save_quantized(tmp_path / "m", MODEL, coded, input_absmax=absmax)
+    inputs = note_of(tmp_path / "m")["config_groups"]["group_0"]["input_activations"]
     assert (inputs["dynamic"], inputs["strategy"], inputs["group_size"]) == (
         "local", "tensor_group", 16,
     )  # fmt: skip
     file = open_safetensors(tmp_path / "m" / "model.safetensors")
 
-    def written(module):
-        return file.read(f"model.layers.0.{module}.input_global_scale").tolist()
+    def written(module, layer=0):
+        return file.read(f"model.layers.{layer}.{module}.input_global_scale").tolist()
 
     # Divisors: the smallest, of the largest magnitude, of those that are fused.
     assert [written(f"self_attn.{n}_proj") for n in "qkvo"] == [[1.0], [1.0], [1.0], [8.0]]
     assert [written(f"mlp.{n}_proj") for n in ("gate", "up", "down")] == [[16.0], [16.0], [64.0]]
-    load_quantized(tmp_path / "m")
-    with pytest.raises(ValueError, match="input_global_scales belong to quantized inputs"):
-        save_quantized(tmp_path / "n", MODEL, params, quantized, quantize_inputs=True)
+    assert written("mlp.down_proj", layer=1) == [1.0]  # of inputs that are always zero
+    found = matrices(load_quantized(tmp_path / "m").params)
+    assert {weight.activations for weight in found.values()} == {NVFP4}
+    with pytest.raises(ValueError, match="a global scale from calibration"):
+        save_quantized(tmp_path / "n", MODEL, coded)
 
 
-def test_what_has_no_layout_is_refused(params, tmp_path):
-    path = tmp_path / "m"
-    for spec in (
-        QUEST_INT4,
-        dataclasses.replace(MXFP4, scale="absmax_floor43"),
-        dataclasses.replace(MXFP4, block_size=16),
-        dataclasses.replace(INT4, block_size=32, scale="absmax", margin=1.0, block_rows=2),
-    ):
-        with pytest.raises(ValueError, match="a spec must be"):
-            save_quantized(path, MODEL, params, quantized_by(spec, params))
-    quantized = quantized_by(MXFP4, params)
-    few = {name: layers[:1] for name, layers in quantized.items()}
-    with pytest.raises(ValueError, match="needs 2 QTensors"):
-        save_quantized(path, MODEL, params, few)
+def test_what_is_no_model_of_codes_is_refused(params, tmp_path):
+    path, coded = tmp_path / "m", coded_by(MXFP4, params)
+    flat = traverse_util.flatten_dict(coded, sep="/")
     first = QUANTIZABLE_PATHS[0]
-    mixed = quantized | {first: quantized_by(FP8_E4M3, params)[first]}
+
+    def saving(changed):
+        save_quantized(path, MODEL, traverse_util.unflatten_dict(flat | changed, sep="/"))
+
+    with pytest.raises(ValueError, match=f"must be a CodedWeight, got a ndarray at {first}"):
+        saving({first: params["layers"]["attention"]["q_proj"]["weight"]})
     with pytest.raises(ValueError, match="must have one spec"):
-        save_quantized(path, MODEL, params, mixed)
-    bad = dataclasses.replace(
-        quantized[first][0], scales=quantized[first][0].scales.at[0, 0].set(255)
-    )
-    with pytest.raises(ValueError, match=r"finite.*in model\.layers\.0\.self_attn\.q_proj"):
-        save_quantized(path, MODEL, params, quantized | {first: [bad, quantized[first][1]]})
+        saving({first: matrices(coded_by(FP8_E4M3, params))[first]})
+    q = flat[first].quantized
+    bad = dataclasses.replace(q, scales=q.scales.at[1, 0, 0].set(255))
+    with pytest.raises(ValueError, match=r"finite.*in model\.layers\.1\.self_attn\.q_proj"):
+        saving({first: CodedWeight(bad)})
     assert not list(tmp_path.iterdir())
 
 
 def test_each_loader_names_the_other(params, tmp_path):
-    save_quantized(tmp_path / "m", MODEL, params, quantized_by(MXFP4, params))
+    path = tmp_path / "m"
+    save_quantized(path, MODEL, coded_by(MXFP4, params))
     with pytest.raises(ValueError, match="quantization_config of 'compressed-tensors'"):
-        load_pretrained(tmp_path / "m")
-    record = json.loads((tmp_path / "m" / "config.json").read_text())
+        load_pretrained(path)
+    record = json.loads((path / "config.json").read_text())
+    record["quantization_config"]["lowbit_jax"]["rotation"] = {"hadamard": 32}
+    (path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="contradicts itself"):
+        load_quantized(path)
+    record["quantization_config"]["lowbit_jax"]["spec"]["format"] = "e9m9"
+    (path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="one of the formats e2m1"):
+        load_quantized(path)
     record.pop("quantization_config")
-    (tmp_path / "m" / "config.json").write_text(json.dumps(record))
+    (path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="load_pretrained reads"):
-        load_quantized(tmp_path / "m")
+        load_quantized(path)
+    assert not is_quantized_directory(path)

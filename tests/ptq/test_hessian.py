@@ -107,3 +107,10 @@ def test_a_hessian_is_a_pytree_of_float32():
     hessian = jax.eval_shape(add_inputs, empty_hessian(K), inputs(3))
     assert isinstance(hessian, Hessian)
     assert [leaf.dtype for leaf in jax.tree.leaves(hessian)] == [jnp.float32] * 2
+
+
+def test_errors_of_other_shapes_are_refused():
+    w, matrix = jnp.ones((3, 8)), jnp.eye(8)
+    for arguments in ((w, w, jnp.eye(4)), (w, w[:2], matrix), (w[0], w[0], matrix)):
+        with pytest.raises(ValueError, match=r"layer_error: two matrices \(n, k\)"):
+            layer_error(*arguments)

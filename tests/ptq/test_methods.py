@@ -12,14 +12,18 @@ from flax import linen as nn
 from lowbit_jax.models import Llama, LlamaConfig
 from lowbit_jax.numerics import dequantize, quantize
 from lowbit_jax.numerics.presets import INT4, MXFP4, NVFP4
+from lowbit_jax.ops import CodedWeight, coded_dot, map_coded
 from lowbit_jax.ops.recipes import get_recipe
 from lowbit_jax.ptq.calibrate import compress_blocks
 from lowbit_jax.ptq.methods import (
     Method,
     activation_rules,
     bits_per_weight,
+    calibration_model,
     compression_of,
+    quantized_model,
     quantized_params,
+    with_activations,
 )
 from lowbit_jax.rotations import Hadamard
 
@@ -41,7 +45,8 @@ def compressed(params):
 
     def of(method):
         if method not in found:
-            found[method] = list(compress_blocks(MODEL, params, BATCHES, compression_of(method)))
+            model, compression = calibration_model(MODEL, method), compression_of(method)
+            found[method] = list(compress_blocks(model, params, BATCHES, compression))
         return found[method]
 
     return of
@@ -106,12 +111,93 @@ def test_activations_are_quantized_in_the_basis_of_the_weights():
     assert recipe.rotation == Hadamard(32)
 
 
+@jax.jit
+def logits(params):
+    return MODEL.apply({"params": params}, BATCHES[0])
+
+
+def float_params(coded):
+    return map_coded(CodedWeight.dequantized, coded)
+
+
+@pytest.mark.parametrize("solver", ["mr_gptq", "wush_rtn"])
+def test_codes_give_the_logits_of_their_weights_in_the_original_basis(params, compressed, solver):
+    method = Method(solver, MXFP4)
+    model, coded = quantized_model(MODEL, params, compressed(method), method)
+    assert model == MODEL
+    expected = logits(jax.jit(float_params)(coded))
+    # Bound: two layers of products below 100 in float32, transforms of condition below a hundred.
+    chex.assert_trees_all_close(logits(coded), expected, rtol=0, atol=5e-3)
+    assert float(jnp.std(expected)) > 0.5
+    after = quantized_params(params, compressed(method), compression_of(method))
+    chex.assert_trees_all_close(jax.jit(float_params)(coded), after, rtol=0, atol=1e-5)
+    # Codes, scales and transforms, and no matrix in float32.
+    matrices = sum(leaf.nbytes for leaf in jax.tree.leaves(coded["layers"]))
+    assert 8 * matrices < 9 * bits_per_weight(compressed(method)) * 2 * (4 * 64**2 + 3 * 64 * 128)
+
+
+def test_quantized_inputs_of_codes_are_those_of_the_recipes(params, compressed):
+    method = Method("mr_gptq", MXFP4, activations=MXFP4)
+    blocks = compressed(method)
+    _, coded = quantized_model(MODEL, params, blocks, method)
+    recipes = Llama(dataclasses.replace(MODEL.config, recipe_rules=activation_rules(method)))
+    floats = quantized_params(params, blocks, compression_of(method))
+    expected = jax.jit(lambda p: recipes.apply({"params": p}, BATCHES[0]))(floats)
+    found = logits(coded)
+    # Statistical: of some 10^5 inputs one or two lie within float32 errors of a boundary and are
+    # rounded the other way; what depends on them are tokens of one or two of the four sequences.
+    difference = np.abs(found - expected) / float(jnp.std(expected))
+    assert np.quantile(difference, 0.5) < 1e-5
+    plain = logits(jax.tree.map(jnp.asarray, with_activations(coded, None)))
+    assert np.quantile(np.abs(plain - expected) / float(jnp.std(expected)), 0.5) > 1e-2
+
+
+def test_wush_rounds_inputs_in_its_own_basis_while_it_is_calibrated(params, compressed):
+    method = Method("wush_rtn", MXFP4, activations=MXFP4)
+    blocks, plain = compressed(method), compressed(Method("wush_rtn", MXFP4))
+    # Exact: the first block gets inputs that nothing has rounded yet; the second one's are rounded.
+    chex.assert_trees_all_equal(blocks[0].kept, plain[0].kept)
+    assert [r.error for r in blocks[1].reports] != [r.error for r in plain[1].reports]
+    _, coded = quantized_model(MODEL, params, blocks, method)
+    x = jax.random.normal(jax.random.key(0), (8, 64))
+    up = coded["layers"]["mlp"]["up_proj"]["weight"]
+    w = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), up)
+    rounded = dequantize(quantize(w.transform.apply(x), MXFP4))
+    # Bound: 64 products below 10 in float32.
+    expected = rounded @ dequantize(w.quantized).T
+    chex.assert_trees_all_close(jax.jit(coded_dot)(x, w), expected, rtol=0, atol=1e-3)
+
+
+def test_other_parameters_of_a_method_compile_nothing(params, compressed):
+    traced = []
+
+    @jax.jit
+    def traced_logits(params):
+        traced.append(1)
+        return MODEL.apply({"params": params}, BATCHES[0])
+
+    for solver in ("rtn", "gptq"):
+        method = Method(solver, INT4_32)
+        _, coded = quantized_model(MODEL, params, compressed(method), method)
+        traced_logits(coded)
+    assert len(traced) == 1
+
+
+def test_models_of_codes_refuse_what_would_be_ignored(params, compressed):
+    method = Method("rtn", MXFP4)
+    with pytest.raises(ValueError, match="needs a block for each of 2 layers, got 1"):
+        quantized_model(MODEL, params, compressed(method)[:1], method)
+    _, coded = quantized_model(MODEL, params, compressed(method), method)
+    ruled = calibration_model(MODEL, Method("rtn", MXFP4, activations=MXFP4))
+    with pytest.raises(ValueError, match="codes are multiplied without a recipe"):
+        jax.eval_shape(lambda p: ruled.apply({"params": p}, BATCHES[0]), coded)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"solver": "awq"}, "solver must be one of rtn, gptq"),
-        ({"solver": "wush", "rotation": 32}, "leave both None"),
-        ({"solver": "wush", "activations": MXFP4}, "leave both None"),
+        ({"solver": "wush", "rotation": 32}, "leave it None"),
         ({"activations": get_recipe("quartet").dx_g}, "round to nearest"),
     ],
 )

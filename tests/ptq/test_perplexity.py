@@ -53,6 +53,25 @@ def test_the_mean_is_that_of_single_tokens(params, window, stride, batch_size):
     assert seen[-1][0] == seen[-1][1]
 
 
+def test_other_weights_compile_nothing(params):
+    traced = []
+
+    class Watched(Llama):
+        def loss(self, *args):
+            traced.append(args)
+            return super().loss(*args)
+
+    def evaluate(scale):
+        scaled = jax.tree.map(lambda leaf: scale * np.asarray(leaf), params)
+        return perplexity(Watched(MODEL.config), scaled, TOKENS, window=8, batch_size=4).loss
+
+    first = evaluate(1.0)
+    compiled = len(traced)
+    assert evaluate(0.5) != first
+    assert evaluate(1.0) == first
+    assert len(traced) == compiled == 2  # of the first window, and of the others
+
+
 def test_tokens_of_another_vocabulary_are_refused(params):
     with pytest.raises(ValueError, match="must be 0 to 31, got"):
         perplexity(MODEL, params, TOKENS + 1, window=8)

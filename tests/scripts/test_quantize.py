@@ -11,9 +11,13 @@ import pytest
 from flax import linen as nn
 
 from lowbit_jax.models import Llama, LlamaConfig
-from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
-from lowbit_jax.numerics import dequantize, quantize
-from lowbit_jax.numerics.presets import MXFP4
+from lowbit_jax.models.pretrained import load_pretrained, open_safetensors, save_pretrained
+from lowbit_jax.numerics import quantize
+from lowbit_jax.numerics.presets import MXFP4, NVFP4
+from lowbit_jax.ptq.export import shares_global_scales
+from lowbit_jax.ptq.quantized_directory import is_quantized_directory, load_quantized
+from lowbit_jax.ptq.texts import calibration_batches, read_tokens, tokenizer_of
+from lowbit_jax.rotations import Hadamard
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHORT = {"tokenizer": "bytes", "dtype": "float32"}
@@ -42,11 +46,15 @@ def test_a_directory_is_quantized_and_evaluated(folder, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = {"text": text, **SHORT, **CALIBRATION}
     assert script("quantize")(folder / "model", out, "mxfp4", method="rtn", **arguments) == 0
-    assert "4.250 bits a weight" in capsys.readouterr().out
-    before, after = load_pretrained(folder / "model"), load_pretrained(out)
+    printed = capsys.readouterr().out
+    assert "4.250 bits a weight\n" in printed
+    assert "4.250 bits a weight on disk, mxfp4-pack-quantized" in printed
+    before, after = load_pretrained(folder / "model"), load_quantized(out)
     for part, name in (("attention", "q_proj"), ("mlp", "down_proj")):
         w, found = (p.params["layers"][part][name]["weight"] for p in (before, after))
-        np.testing.assert_array_equal(found[1], dequantize(quantize(w[1], MXFP4)))
+        expected = quantize(w[1], MXFP4)
+        np.testing.assert_array_equal(found.quantized.codes[1], expected.codes)
+        np.testing.assert_array_equal(found.quantized.scales[1], expected.scales)
     record = json.loads((out / "report.json").read_text())
     assert len(record["matrices"]) == 14
     assert not (tmp_path / "out.work").exists()
@@ -82,6 +90,48 @@ def test_a_command_that_was_wrong_or_killed_is_given_once_more(folder, tmp_path,
     assert (out / "report.png").exists()
     assert script("evaluate")(out, arguments["text"], rotation=32, **SHORT) == 2
     assert "--rotation is for --activations" in capsys.readouterr().err
+
+
+def test_matrices_that_servers_fuse_are_solved_under_one_scale(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = {"text": (str(folder / "text.txt"),), **SHORT, **CALIBRATION}
+    how = {"method": "mr_gptq", "activations": "nvfp4"}
+    assert script("quantize")(folder / "model", out, "nvfp4", **how, **arguments) == 0
+    assert "inputs go through Hadamard 16" in capsys.readouterr().out
+    params = load_quantized(out, on_host=True).params
+    assert shares_global_scales(params)
+    layers = params["layers"]
+    scales = [layers["attention"][f"{n}_proj"]["weight"].quantized.global_scale for n in "qo"]
+    assert not np.array_equal(*scales)
+    assert {w["weight"].activations for w in layers["mlp"].values()} == {NVFP4}
+    assert {w["weight"].rotation for w in layers["mlp"].values()} == {Hadamard(16)}
+    # The scale of inputs: of what the first norm gives, rotated, on the calibration tokens.
+    file = open_safetensors(out / "model.safetensors")
+    divisor = file.read("model.layers.0.self_attn.k_proj.input_global_scale")
+    loaded = load_pretrained(folder / "model", "float32")
+    found = tokenizer_of(folder / "model", loaded, "bytes")
+    tokens = read_tokens([folder / "text.txt"], found, 1_000_000)
+    x = np.concatenate(calibration_batches(tokens, 4, 32, 2, 0))
+    x = loaded.params["embedding"]["weight"][x]
+    x = x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + loaded.model.config.norm_eps)
+    x = Hadamard(16).apply(x * loaded.params["layers"]["attention_norm"]["scale"][0])
+    # Bound: a mean and sums of 32 and 16 terms in float32, in another order.
+    np.testing.assert_allclose(divisor, 448 * 6 / np.abs(x).max(), rtol=50 * 2.0**-24)
+
+
+def test_floats_are_written_where_they_are_asked_for(folder, tmp_path):
+    text, quantizer = (str(folder / "text.txt"),), script("quantize")
+    for store in ("codes", "floats"):
+        arguments = {"text": text, **SHORT, **CALIBRATION, "method": "rtn", "rotation": 32}
+        out = tmp_path / store
+        assert quantizer(folder / "model", out, "mxfp4", store=store, **arguments) == 0
+        assert is_quantized_directory(out) == (store == "codes")
+    floats = load_pretrained(tmp_path / "floats").params["layers"]
+    codes = load_quantized(tmp_path / "codes", dequantizes=True).params["layers"]
+    for part, name in (("attention", "q_proj"), ("mlp", "down_proj")):
+        a, b = (layers[part][name]["weight"] for layers in (floats, codes))
+        # Bound: sums of 32 terms by the inverse transform, in another order.
+        np.testing.assert_allclose(a, b, rtol=0, atol=32 * 2.0**-24 * np.abs(a).max())
 
 
 @pytest.mark.parametrize(

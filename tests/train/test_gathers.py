@@ -67,7 +67,7 @@ def test_products_and_gradients_are_those_of_whole_weights(name):
     net = Net(name)
     layout = make_layout(make_mesh(1, 4), 3)
     x, g = (jax.random.normal(jax.random.key(i), (128, n)) for i, n in enumerate((D, F)))
-    params = nn.meta.unbox(net.init(jax.random.key(2), x)["params"])
+    params = nn.meta.unbox(jax.jit(net.init)(jax.random.key(2), x)["params"])
 
     def products(params, x, g, layout):
         with placed_use(layout, jnp.float32):

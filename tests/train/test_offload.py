@@ -503,7 +503,7 @@ def test_a_run_goes_on_with_other_arrays_in_host_memory(run_config, tmp_path):
 
 
 def test_a_quantizing_run_with_everything_in_host_memory_comes_to_its_end(tmp_path):
-    config = small_config(recipe="quest_w4a4", steps=1)
+    config = small_config(recipe="int4_weights", cage_total_strength=0.0, steps=1)
     config = dataclasses.replace(config, sample_prompt="a", sample_tokens=2)
     summary, _ = train_quietly(config, tmp_path / "run", offload=ALL, validate=False)
     assert summary.sample is not None

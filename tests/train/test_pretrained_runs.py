@@ -8,14 +8,27 @@ import numpy as np
 import pytest
 
 from lowbit_jax import FP8_E4M3
-from lowbit_jax.models import Llama
+from lowbit_jax.models import Llama, llama_rules
+from lowbit_jax.models.llama import QUANTIZABLE_PATHS
 from lowbit_jax.models.pretrained import load_pretrained
+from lowbit_jax.ops.recipes import get_recipe
 from lowbit_jax.optim import dequantize_leaves, quantize_leaves
+from lowbit_jax.ptq.export import save_quantized
+from lowbit_jax.ptq.methods import with_activations
+from lowbit_jax.ptq.quantized_directory import load_quantized
 from lowbit_jax.train import pretrained_runs
 from lowbit_jax.train.checkpoint import save_checkpoint
 from lowbit_jax.train.config import UsageError
-from lowbit_jax.train.pretrained_runs import export_run, import_pretrained, load_run
+from lowbit_jax.train.evaluate import make_evaluate
+from lowbit_jax.train.feed import held_out_batches
+from lowbit_jax.train.pretrained_runs import (
+    coded_params,
+    export_run,
+    import_pretrained,
+    load_run,
+)
 from lowbit_jax.train.start import draw_state
+from lowbit_jax.train.step import loss_function
 
 from .conftest import CONFIG, SMALL, small_config, state_of
 
@@ -77,6 +90,61 @@ def test_codes_are_exported_as_the_weights_that_they_stand_for(config, tmp_path,
     export_run("run", tmp_path / "hf")
     loaded = load_pretrained(tmp_path / "hf", "float32")
     assert_equal(loaded.params, dequantize_leaves(state.params))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [
+        ("quest_w4a4", "lowbit_jax"),
+        ("quartet", "mxfp4-pack-quantized"),
+    ],
+)
+def test_a_trained_model_of_codes_predicts_as_the_run_does(
+    config, tmp_path, monkeypatch, recipe, layout
+):
+    shape = dataclasses.replace(
+        config.model.config, recipe_rules=llama_rules(get_recipe(recipe)), dtype="float32"
+    )
+    config = dataclasses.replace(config, model=Llama(shape))
+    state = draw_state(config, jax.random.key(5))
+    monkeypatch.setattr(pretrained_runs, "load_run", lambda folder: (config, state))
+
+    def save(*args, **rest):
+        absmax = {path: [1.0] * shape.n_layers for path in QUANTIZABLE_PATHS}
+        return save_quantized(*args, **rest, input_absmax=absmax)
+
+    export_run("run", tmp_path / "codes", save_codes=save)
+    written = json.loads((tmp_path / "codes" / "config.json").read_text())["quantization_config"]
+    assert written.get("format", written["quant_method"]) == layout
+    loaded = load_quantized(tmp_path / "codes", "float32")
+    assert loaded.model.config.recipe_rules == ()
+    without_inputs = with_activations(loaded.params, None)
+    batches = list(held_out_batches(config, 1, None))
+    losses = []
+    for model, params, key in (
+        (config.model, state.params, True),
+        (loaded.model, loaded.params, False),
+    ):
+        evaluate = make_evaluate(loss_function(model))
+        losses.append(evaluate(params, batches, needs_key=key).loss)
+    losses.append(make_evaluate(loss_function(loaded.model))(without_inputs, batches).loss)
+    # Bound: the same operands in the same products. 16 units of float32 for sums of the loss that
+    # another program takes in another order.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2.0**-20)
+    assert abs(losses[2] - losses[0]) > 1e-4 * losses[0]  # inputs not quantized
+
+
+def test_weights_that_are_not_quantized_are_no_codes(config, monkeypatch, tmp_path):
+    state = draw_state(config, jax.random.key(5))
+    plain = dataclasses.replace(
+        config, model=Llama(dataclasses.replace(config.model.config, recipe_rules=()))
+    )
+    with pytest.raises(UsageError, match="must quantize the weights of each"):
+        coded_params(plain, state)
+    # Codes that are stored are exported as they are.
+    state = state._replace(params=quantize_leaves(state.params, FP8_E4M3))
+    coded = coded_params(plain, state)["layers"]["attention"]["q_proj"]["weight"]
+    assert_equal(coded.quantized, state.params["layers"]["attention"]["q_proj"]["weight"])
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):

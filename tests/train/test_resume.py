@@ -11,12 +11,10 @@ from lowbit_jax.train.tracking import read_metrics
 from .conftest import CONFIG, SMALL, state_of
 
 STEPS = 120  # a checkpoint every 30
-# The kill comes before the recipe changes or after it, and always after a checkpoint from before.
 KNOBS = {
     **SMALL,
     "steps": STEPS,
     "recipe": "int4_weights",  # less to compile in every process
-    "recipe_schedule": ("50:bf16",),
     "cage_total_strength": 0.0,
 }
 
@@ -48,9 +46,7 @@ def final_state(run_dir):
 
 
 def test_killed_and_interrupted_runs_end_bit_for_bit_where_an_unbroken_one_does(pretrain, tmp_path):
-    knobs = []
-    for key, value in KNOBS.items():
-        knobs += [f"--{key.replace('_', '-')}", *(value if isinstance(value, tuple) else (value,))]
+    knobs = [word for key, value in KNOBS.items() for word in (f"--{key.replace('_', '-')}", value)]
     command = [CONFIG, *knobs, "--no-sample", "--run-dir"]
     assert pretrain.run(*command, "unbroken") == 0, pretrain.printed
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"

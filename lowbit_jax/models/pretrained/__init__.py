@@ -10,6 +10,7 @@ from lowbit_jax.models.pretrained.safetensors_file import (
     open_safetensors,
     write_safetensors,
 )
+from lowbit_jax.models.pretrained.sentencepiece_file import read_sentencepiece
 
 __all__ = [
     "Pretrained",
@@ -20,6 +21,7 @@ __all__ = [
     "gguf_tokenizer",
     "load_pretrained",
     "open_safetensors",
+    "read_sentencepiece",
     "save_pretrained",
     "write_safetensors",
 ]

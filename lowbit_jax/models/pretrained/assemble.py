@@ -68,6 +68,7 @@ def assemble(
     ignored: Callable[[str], bool] = lambda name: False,
     param_dtype: str = "float32",
     on_host: bool = False,
+    stack: Callable[[str, list[str]], Any] = lambda path, tensors: None,
 ) -> dict[str, Any]:
     """The parameters of `model` from tensors of other names.
 
@@ -82,6 +83,8 @@ def assemble(
       ignored: Names that may be there and are not needed.
       param_dtype: `"float32"` or `"bfloat16"`.
       on_host: Leave the parameters as NumPy arrays.
+      stack: Of the path of a parameter and the names of its tensors: NumPy arrays in a pytree to
+        take its place, or None to read them here.
 
     Raises:
       ValueError: If a tensor is missing, not wanted, of another shape, or not finite.
@@ -97,6 +100,9 @@ def assemble(
 
     flat = {}
     for path, tensors in wanted.items():
+        if (stacked := stack(path, list(tensors))) is not None:
+            flat[path] = stacked if on_host else jax.tree.map(jnp.asarray, stacked)
+            continue
         parameter = np.empty((len(tensors), *next(iter(tensors.values()))), jnp.dtype(param_dtype))
         for row, name in zip(parameter, tensors, strict=True):
             with np.errstate(over="ignore"):  # reported below

@@ -5,6 +5,7 @@ keys, Mistral a window of attention; Llama 3.1 stretches the rotary frequencies.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,12 @@ def config_from_json(record: Mapping[str, Any], **fields: Any) -> LlamaConfig:
             f"config_from_json: config.json must have {', '.join(_SHAPE_KEYS)}, got none of"
             f" {', '.join(missing)}; copy config.json from the original model once more."
         )
+    for key in _SHAPE_KEYS:
+        if not isinstance(record[key], int) or isinstance(record[key], bool):
+            raise ValueError(
+                f"config_from_json: {key} must be an integer, got {record[key]!r}; copy config.json"
+                " from the original model once more."
+            )
     shape = {field: record[key] for key, field in _SHAPE_KEYS.items()}
     d_head = record.get("head_dim", family.d_head)
     # A width that the others give is no override: the config of a plain shape stays plain.
@@ -84,7 +91,7 @@ def config_from_json(record: Mapping[str, Any], **fields: Any) -> LlamaConfig:
             "d_head": None if is_plain else d_head,
             "rope_theta": theta,
             "rope_scaling": scaling,
-            "norm_eps": record.get("rms_norm_eps", 1e-6),
+            "norm_eps": _positive("rms_norm_eps", record.get("rms_norm_eps", 1e-6)),
             "tie_embeddings": record.get("tie_word_embeddings", False),
             "qkv_bias": family.qkv_bias,
             "qk_norm": family.qk_norm,
@@ -193,20 +200,45 @@ def _refuse(name: str, got: Any, wanted: Any) -> None:
         )
 
 
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(
+            f"config_from_json: {name} must be a positive number, got {value!r}; copy config.json"
+            " from the original model once more."
+        )
+    return float(value)
+
+
 def _read_window(record: Mapping[str, Any], family: Family) -> int | None:
-    """The window of attention: Mistral's if it is not null, Qwen's if it is switched on."""
+    """The window of attention: Mistral's if it is not null, Qwen's if it is switched on.
+
+    Of Qwen it is that of the layers from `max_window_layers` on, or those that `layer_types` names.
+    """
     window = record.get("sliding_window", family.window)
-    if family.window is None and not record.get("use_sliding_window", False):
+    if family.window is not None or window is None:
+        return window
+    if not record.get("use_sliding_window", False):
         return None
-    return window
+    layers = range(record["num_hidden_layers"])
+    kinds = {layer >= record.get("max_window_layers", 28) for layer in layers}
+    if record.get("layer_types") is not None:
+        kinds = {kind == "sliding_attention" for kind in record["layer_types"]}
+    if len(kinds) > 1:
+        raise ValueError(
+            "config_from_json: all layers must have the window of attention or none, got"
+            f" sliding_window={window} for some (max_window_layers, layer_types); no released"
+            " model of these families mixes them."
+        )
+    return window if True in kinds else None
 
 
 def _read_rope(record: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling: `rope_parameters` of transformers 5, or the two keys of those before."""
     found = record.get("rope_parameters") or {}
     found = {**(record.get("rope_scaling") or {}), **found}
-    theta = float(found.get("rope_theta", record.get("rope_theta", 1e4)))
-    _refuse("partial_rotary_factor", found.get("partial_rotary_factor", 1.0), 1.0)
+    theta = _positive("rope_theta", found.get("rope_theta", record.get("rope_theta", 1e4)))
+    for part in (found, record):
+        _refuse("partial_rotary_factor", part.get("partial_rotary_factor", 1.0), 1.0)
     rope_type = found.get("rope_type", found.get("type", "default"))
     try:
         if rope_type == "default":

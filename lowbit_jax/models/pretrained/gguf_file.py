@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lowbit_jax.models.llama import Llama, LlamaConfig
 from lowbit_jax.models.pretrained.assemble import Pretrained, TensorSource, assemble
+from lowbit_jax.models.pretrained.sentencepiece_file import sentencepiece_bpe
 from lowbit_jax.models.rope_scaling import (
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -98,7 +99,9 @@ def load_gguf(
 
 
 def gguf_tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer:
-    """The byte-level BPE tokenizer inside a GGUF file; it adds no tokens of its own to a text.
+    """The BPE tokenizer inside a GGUF file; it adds no tokens of its own to a text.
+
+    Byte-level, or that of SentencePiece, which the format calls "llama".
 
     Raises:
       ValueError: If the file has none, or one of another kind.
@@ -106,6 +109,13 @@ def gguf_tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer:
     path = pathlib.Path(path)
     _, reader = _open(path)
     kind = _field(reader, path, "tokenizer.ggml.model")
+    if kind == "llama":
+        pieces, scores, types = (
+            _field(reader, path, f"tokenizer.ggml.{name}")
+            for name in ("tokens", "scores", "token_type")
+        )
+        adds_space = _field(reader, path, "tokenizer.ggml.add_space_prefix", True)
+        return sentencepiece_bpe(pieces, scores, types, adds_space=adds_space)
     cut = _field(reader, path, "tokenizer.ggml.pre")
     byte_level: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut == "smollm")
     if cut == "smollm":
@@ -114,8 +124,9 @@ def gguf_tokenizer(path: str | os.PathLike) -> tokenizers.Tokenizer:
         first = pre_tokenizers.Split(tokenizers.Regex(_PATTERNS[cut]), "isolated")
     if kind != "gpt2" or cut not in ("smollm", *_PATTERNS):
         raise ValueError(
-            "gguf_tokenizer: the tokenizer must be a byte-level BPE ('gpt2') that cuts text as one"
-            f" of smollm, {', '.join(_PATTERNS)}, got {kind!r} and {cut!r} in {path}; use the"
+            "gguf_tokenizer: the tokenizer must be SentencePiece's BPE ('llama'), or a byte-level"
+            f" one ('gpt2') that cuts text as one of smollm, {', '.join(_PATTERNS)}, got {kind!r}"
+            f" and {cut!r} in {path}; use the"
             " tokenizer.json of the original model."
         )
     tokens = _field(reader, path, "tokenizer.ggml.tokens")
@@ -174,10 +185,12 @@ def _read_config(
             )
     theta = _shortest(get("rope.freq_base", 1e4))
     scaling: RopeScaling | None = None
-    kind = get("rope.scaling.type", "none")
-    if kind == "linear":
-        scaling = LinearRopeScaling(_shortest(get("rope.scaling.factor")))
-    elif kind != "none":
+    # A factor without a type is linear, and had another name before; 0 and 1 stretch nothing.
+    kind = get("rope.scaling.type", "linear")
+    factor = _shortest(get("rope.scaling.factor", get("rope.scale_linear", 0.0)))
+    if kind == "linear" and factor not in (0.0, 1.0):
+        scaling = LinearRopeScaling(factor)
+    elif kind not in ("linear", "none"):
         raise ValueError(
             f"load_pretrained: {architecture}.rope.scaling.type must be 'none' or 'linear', got"
             f" {kind!r} in {path}; models that were stretched otherwise are not computed."

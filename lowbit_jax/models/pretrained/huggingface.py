@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from lowbit_jax.files import sync, writing_name
 from lowbit_jax.models.llama import Llama
 from lowbit_jax.models.pretrained.assemble import (
     Pretrained,
@@ -190,7 +191,7 @@ def write_directory(
     copies = _tokenizer_files(tokenizer)
     ordered = dict(sorted(entries.items(), key=lambda item: _layer_of(item[0])))
 
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = writing_name(path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         temporary.mkdir(parents=True)
@@ -201,9 +202,9 @@ def write_directory(
             (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         _write_shards(temporary, ordered, read, max_shard_bytes)
         for file in (*temporary.iterdir(), temporary):
-            _sync(file)
+            sync(file)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -306,13 +307,15 @@ def _write_shards(
 
 
 def open_weights(path: pathlib.Path) -> dict[str, SafetensorsFile]:
-    """The file of each tensor of a directory: of the index, or the only one.
+    """The file of each tensor of a directory: of the index, or model.safetensors, or the only one.
 
     Raises:
       ValueError: If a file is missing or damaged, or index and files differ.
     """
     if not (path / _INDEX).exists():
-        found = sorted(path.glob("*.safetensors"))
+        # Some directories hold the weights once more, in a layout of their maker's.
+        named = path / "model.safetensors"
+        found = [named] if named.is_file() else sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise ValueError(
                 f"load_pretrained: {path} must hold {_INDEX} or a single .safetensors file, got"
@@ -382,11 +385,3 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _write_json(path: pathlib.Path, record: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,10 +13,12 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from lowbit_jax.files import write_atomically
 
 _DTYPES = {
     name: np.dtype(dtype)
@@ -155,21 +157,16 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, entry in ordered:
-                array = np.asarray(read(name), order="C")
-                if array.dtype != entry.dtype or array.shape != entry.shape:
-                    raise ValueError(
-                        f"write_safetensors: {name} was announced as {entry.dtype} {entry.shape},"
-                        f" got {array.dtype} {array.shape}; announce what is written."
-                    )
-                file.write(array.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, entry in ordered:
+            array = np.asarray(read(name), order="C")
+            if array.dtype != entry.dtype or array.shape != entry.shape:
+                raise ValueError(
+                    f"write_safetensors: {name} was announced as {entry.dtype} {entry.shape},"
+                    f" got {array.dtype} {array.shape}; announce what is written."
+                )
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+    write_atomically(path, write)

@@ -160,6 +160,11 @@ def test_what_a_family_leaves_out_is_what_its_code_fills_in():
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "must have 'factor'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be"),
+        ({"hidden_size": "4096"}, "hidden_size must be an integer, got '4096'"),
+        ({"num_attention_heads": None}, "num_attention_heads must be an integer, got None"),
+        ({"rope_theta": None}, "rope_theta must be a positive number, got None"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a positive number"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(change, message):
@@ -201,3 +206,19 @@ def test_impossible_widths_and_windows_are_refused():
     with pytest.raises(ValueError, match="or set d_head"):
         LlamaConfig(32, 15, 1, 2)
     assert LlamaConfig(32, 15, 1, 2, d_head=8).head_dim == 8
+
+
+def test_windows_of_some_layers_are_refused_and_of_none_are_none():
+    on = {**QWEN3_06B, "use_sliding_window": True, "sliding_window": 99}
+    layers = on["num_hidden_layers"]
+    for first, expected in ((0, 99), (layers, None)):
+        assert config_from_json({**on, "max_window_layers": first}).attention_window == expected
+    types = ["full_attention"] * layers
+    record = {**on, "max_window_layers": 0, "layer_types": types}
+    assert config_from_json(record).attention_window is None
+    for mixed in (
+        {"max_window_layers": 3},
+        {"layer_types": ["sliding_attention", *types[1:]]},
+    ):
+        with pytest.raises(ValueError, match="all layers must have the window of attention"):
+            config_from_json({**on, **mixed})

@@ -90,7 +90,7 @@ def write_gguf(path, config, params, kinds=None, change=None, keys=None):
     elif config.rope_scaling is not None:
         tensors["rope_freqs.weight"] = llama3_divisors(config)
     for key, value in (keys or {}).items():
-        writer.add_string(key, value)
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
     for name, leaf in traverse_util.flatten_dict(params, sep="/").items():
         if not name.startswith("layers/"):
             tensors[OTHER_NAMES[name]] = leaf
@@ -223,6 +223,15 @@ def test_frequencies_that_were_stretched_otherwise_are_refused(tmp_path):
         load_pretrained(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+@pytest.mark.parametrize("factor", [0.0, 1.0, 4.0])
+def test_a_factor_without_a_type_is_linear(tmp_path, key, factor):
+    model, params = random_model(n_layers=1)
+    write_gguf(tmp_path / "m.gguf", model.config, params, keys={f"llama.{key}": factor})
+    expected = LinearRopeScaling(4.0) if factor == 4 else None
+    assert load_pretrained(tmp_path / "m.gguf").model.config.rope_scaling == expected
+
+
 def write_tokenizer(path, cut):
     """A vocabulary of bytes, three merges and a control token."""
     tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "hel", "Ġh", "<name>"]
@@ -252,6 +261,29 @@ def test_the_tokenizer_of_a_file_cuts_merges_and_decodes(tmp_path, cut):
     # Digits one by one, or by threes.
     digits = ["123", "4"] if cut == "llama-bpe" else ["1", "2", "3", "4"]
     assert pieces == ["a", "Ġ", *digits]
+
+
+@pytest.mark.parametrize("adds_space", [True, False, None])
+def test_the_tokenizer_of_a_llama_2_file_merges_by_scores(tmp_path, adds_space):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    kinds = [2, 3, 3, *[6] * 256]
+    words = {"ab": -0.0, "bc": -1.0, "abc": -2.0, "\u2581a": -3.0}
+    words |= dict.fromkeys(["\u2581", "a", "b", "c"], -9.0)
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, *words])
+    writer.add_token_scores([*[0.0] * 259, *words.values()])
+    writer.add_token_types([*kinds, *[1] * len(words)])
+    if adds_space is not None:
+        writer.add_add_space_prefix(adds_space)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = gguf_tokenizer(tmp_path / "t.gguf")
+    found = tokenizer.encode("abc a\u00e9")
+    first = [] if adds_space is False else ["\u2581"]
+    assert found.tokens == [*first, "abc", "\u2581a", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(found.ids) == "abc a\u00e9"
 
 
 def test_other_tokenizers_are_refused(tmp_path):

@@ -326,3 +326,10 @@ def test_sequences_beyond_the_window_are_refused():
     assert trace(4).shape == (1, 4, 60)
     with pytest.raises(ValueError, match="attention_window = 4 tokens, got 5"):
         trace(5)
+
+
+def test_weights_in_another_layout_beside_model_safetensors_are_not_read(saved, tmp_path):
+    _, _, path = saved
+    shutil.copytree(path, tmp_path / "copy")
+    (tmp_path / "copy" / "consolidated.safetensors").write_bytes(b"another layout")
+    assert_same_params(load_pretrained(tmp_path / "copy").params, load_pretrained(path).params)

@@ -1,0 +1,101 @@
+"""From a directory to a pruned directory, as a user does."""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from lowbit_jax.models import Llama, LlamaConfig
+from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
+
+ROOT = pathlib.Path(__file__).parents[2]
+WINDOWS = {"tokenizer": "bytes", "samples": 4, "length": 32, "batch_size": 2}
+TRAINING = {"steps": 8, "interval": 4, "learning_rates": (1e-3,)}
+
+
+def prune(*arguments, **options):
+    spec = importlib.util.spec_from_file_location("prune", ROOT / "scripts" / "prune.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(*arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = Llama(LlamaConfig(257, 32, 2, 2, d_ff=64, dtype="float32"))
+    init = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    save_pretrained(path / "model", model, jax.tree.map(lambda x: 5 * x, nn.meta.unbox(init)))
+    (path / "text.txt").write_text("Call me Ishmael. " * 400)
+    return path
+
+
+def kept(path):
+    params = load_pretrained(path).params
+    return np.asarray(params["layers"]["mlp"]["down_proj"]["weight"])
+
+
+def test_without_a_text_magnitude_keeps_two_of_four(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prune(folder / "model", out, "magnitude", pattern="2:4") == 0
+    assert "zeros of each matrix, %; of all of them 50.0000" in capsys.readouterr().out
+    before, after = kept(folder / "model"), kept(out)
+    groups = np.abs(before).reshape(-1, 4)
+    stays = groups >= np.sort(groups, axis=1)[:, 2:3]
+    np.testing.assert_array_equal(after, np.where(stays.reshape(before.shape), before, 0))
+    record = json.loads((out / "report.json").read_text())
+    assert record["sparsity"] == {path: [0.5, 0.5] for path in record["sparsity"]}
+    assert len(record["sparsity"]) == 7
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_elsa_says_what_it_did_and_a_killed_command_is_given_once_more(folder, tmp_path, capsys):
+    out, text = tmp_path / "out", (str(folder / "text.txt"),)
+    arguments = {"text": text, "sparsity": 0.7, **WINDOWS, **TRAINING}
+    assert prune(folder / "model", out, "elsa", work=tmp_path / "work", **arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"8 steps, loss \d\.\d{4} .*, \|x - z\| / \|x\| \d\.\d{4} before", printed)
+    assert re.search(r"held-out loss \d\.\d{4} before .* \(learning rate 0.001\)", printed)
+    assert all(np.sum(w == 0) == int(0.7 * w.size) for w in kept(out))
+    record = json.loads((out / "report.json").read_text())
+    assert [row["step"] for row in record["training"]] == [4, 8]
+    # As a kill between the weights and the reports would leave it.
+    for name in ("report.json", "report.png", "report.txt"):
+        (out / name).unlink()
+    assert prune(folder / "model", out, "elsa", work=tmp_path / "work", **arguments) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sparsity": None}, "needs either a sparsity, such as 0.5, or a pattern, such as 2:4"),
+        ({"pattern": "2:4"}, "needs either a sparsity"),
+        ({"sparsity": None, "pattern": "half"}, "a pattern is n:m"),
+        ({"sparsity": 1.5}, r"sparsity must lie in [0, 1), got 1.5"),
+        ({"method": "alps"}, "solver must be one of"),
+        ({"budget": "tree"}, "wanda compares entries within a matrix"),
+        ({"format": "mxfp5"}, "--format: must be one of"),
+        ({"format": "mxfp4"}, "only sparsegpt quantizes"),
+        ({"text": ()}, "--text: wanda needs a text"),
+        ({"samples": 3}, "samples must be a multiple of batch_size"),
+        ({"learning_rates": ()}, "--learning-rates: needs at least one"),
+        ({"method": "elsa", "length": 4096}, "windows of 4096 tokens are to be held out"),
+        ({"model": pathlib.Path("nowhere")}, "nowhere"),
+    ],
+)
+def test_a_wrong_command_says_what_to_do_and_leaves_nothing(
+    folder, tmp_path, capsys, changes, said
+):
+    arguments = {
+        "model": folder / "model", "out": tmp_path / "out", "method": "wanda", "sparsity": 0.5,
+        "text": (str(folder / "text.txt"),), **WINDOWS, **changes,
+    }  # fmt: skip
+    assert prune(**arguments) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
