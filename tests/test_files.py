@@ -7,7 +7,9 @@ from lowbit_jax.files import sync, write_atomically, writing_name
 
 
 @pytest.mark.parametrize(
-    "content", ["é\n", "é\n".encode(), lambda file: file.write("é\n".encode())], ids=str
+    "content",
+    ["é\n", "é\n".encode(), lambda file: file.write("é\n".encode())],
+    ids=["text", "bytes", "function"],
 )
 def test_content_is_written_whole(tmp_path, content):
     write_atomically(tmp_path / "file", content)

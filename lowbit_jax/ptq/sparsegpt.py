@@ -7,8 +7,9 @@ chosen a block of columns at a time, by the weights as they are when the block b
 block those that stay move on. Survivors may be rounded in the same pass.
 
 Where we differ from the released code: every block has exactly the zeros that were asked for (there
-a threshold that drops its ties and one more); the scales of a quantized result are fixed from the
-dense weights before the first column is solved.
+a threshold that drops its ties, and one more); weights of inputs that were never on go first, not
+beyond the budget (there all of them); the scales of a quantized result are fixed from the dense
+weights before the first column is solved.
 """
 
 import functools
