@@ -63,10 +63,10 @@ def main(
                 f"--activations: must be none or one of {', '.join(presets)}, got {activations!r}."
             )
         spec = presets.get(activations or "none")
-        if rotation is not None and (spec is None or is_coded):
-            raise ValueError(
-                "--rotation is for --activations, which are not quantized, or come with codes."
-            )
+        if rotation is not None and is_coded:
+            raise ValueError("--rotation: a directory of codes has its own; leave it out.")
+        if rotation is not None and spec is None:
+            raise ValueError("--rotation is that of quantized inputs; give --activations, too.")
         # What is rotated once more keeps its grid in float32 only.
         param_dtype = dtype if rotation is None else "float32"
         load = load_quantized if is_coded else load_pretrained

@@ -36,7 +36,7 @@ def main(
         config, step = export_run(
             run, out, dtype=dtype, save_codes=save_quantized if codes else None
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{out}: weights after step {step} of {config.steps}")

@@ -7,16 +7,18 @@ Example:
 """
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from lowbit_jax.data.tokenizers import BPETokenizer
+from lowbit_jax.files import write_atomically
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ptq.calibrate import compress_blocks
@@ -67,7 +69,7 @@ def main(
       format: Of the weights, a name in lowbit_jax.numerics.PRESETS in lower case.
       text: To calibrate with: files or directories.
       method: rtn, gptq, mr_gptq, wush or wush_rtn, see lowbit_jax/ptq/methods.py.
-      block_size: Of the format; None: its own.
+      block_size: Of the weights, inputs keep that of their format; None: the format's own.
       rotation: Block of a Hadamard transform before the solver; None: none, of mr_gptq its own.
       activations: Format of the inputs of all products, while the model is calibrated and of the
         model that is written; None: not quantized.
@@ -95,7 +97,13 @@ def main(
             spec = dataclasses.replace(spec, block_size=block_size)
         inputs = None if activations is None else presets[activations]
         how = Method(method, spec, activations=inputs, rotation=rotation)
-        if is_finished_but_for_reports(out, kept):
+        arguments = {
+            "model": str(model), "out": str(out.absolute()), "method": repr(how), "store": store,
+            "text": list(text), "samples": samples, "length": length, "batch_size": batch_size,
+            "calibration_tokens": calibration_tokens, "seed": seed, "tokenizer": tokenizer,
+            "dtype": dtype, "rest_dtype": rest_dtype,
+        }  # fmt: skip
+        if is_finished_but_for_reports(out, kept, arguments):
             return finish(out, kept, removes=work is None)
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
@@ -124,11 +132,7 @@ def main(
             ):
                 blocks.append(block)
                 bar.advance(task)
-        settings = {
-            "model": str(model), "method": repr(how), "text": list(text), "samples": samples,
-            "length": length, "batch_size": batch_size, "calibration_tokens": calibration_tokens,
-            "seed": seed, "dtype": dtype, "bits_per_weight": bits_per_weight(blocks),
-        }  # fmt: skip
+        settings = {**arguments, "bits_per_weight": bits_per_weight(blocks)}
         save_report(kept, [report for block in blocks for report in block.reports], settings)
         rest = {"tokenizer": carried, "metadata": loaded.metadata}
         if store == "codes":
@@ -144,14 +148,21 @@ def main(
         return 2
 
 
-def is_finished_but_for_reports(out: pathlib.Path, kept: pathlib.Path) -> bool:
-    done = (out / "config.json").exists() and not (out / REPORTS[-1]).exists()
-    return done and all((kept / name).exists() for name in REPORTS)
+def is_finished_but_for_reports(
+    out: pathlib.Path, kept: pathlib.Path, arguments: dict[str, Any]
+) -> bool:
+    """Whether this very command was stopped after it wrote the model, which takes one move."""
+    is_written = (out / "config.json").exists() and not (out / REPORTS[-1]).exists()
+    if not is_written or not all((kept / name).exists() for name in REPORTS):
+        return False
+    settings = json.loads((kept / REPORTS[0]).read_text())["settings"]
+    settings.pop("bits_per_weight")
+    return settings == json.loads(json.dumps(arguments))
 
 
 def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
     for name in REPORTS:
-        shutil.copyfile(kept / name, out / name)
+        write_atomically(out / name, (kept / name).read_bytes())
     if removes:
         shutil.rmtree(kept)
     print((out / "report.txt").read_text(), end="")

@@ -1,11 +1,12 @@
 """Models of codes as directories: of the package compressed-tensors, which vLLM serves, or our own.
 
 Each matrix of a block becomes a few tensors, see `layouts`; embedding, head, norms and biases stay
-as they are. What compressed-tensors has a place for is written in its layout: blocks of a Hadamard
-transform of inputs are named in its `transform_config`. The rest (mid-rise grids, the transforms of
-WUSH, zero points, inputs of other formats than the weights) gets a `quant_method` of our own, which
-other readers refuse. Either way `quantization_config` has a key "lowbit_jax" with the exact specs,
-by which `load_quantized` gives back the very `CodedWeight`s.
+floats, of `dtype`. What compressed-tensors has a place for is written in its layout: blocks of a
+Hadamard transform of inputs are named in its `transform_config`. The rest (mid-rise grids, the
+transforms of WUSH, zero points, inputs of other formats than the weights, inputs in NVFP4 that were
+not calibrated) gets a `quant_method` of our own, which other readers refuse. Either way
+`quantization_config` has a key "lowbit_jax" with the exact specs, by which `load_quantized` gives
+back the very `CodedWeight`s.
 """
 
 import dataclasses
@@ -44,6 +45,10 @@ from lowbit_jax.rotations import Hadamard
 # The largest product of a scale and a level of NVFP4, to which inputs' abs-max is mapped.
 _LARGEST_NVFP4 = 448.0 * 6.0
 _NAN_E8M0 = 0xFF
+_NOT_CALIBRATED = (
+    "servers take the global scale of inputs in NVFP4 from a calibration, and there was none"
+    " (input_absmax)"
+)
 
 
 class Saved(NamedTuple):
@@ -80,14 +85,14 @@ def save_quantized(
       input_absmax: Of each matrix, by its path, and layer the largest magnitude of its inputs, in
         the basis of the codes. Servers need it for inputs in NVFP4, whose global scale they take
         from the file; matrices that they fuse (query, key and value; gate and up) get one, of the
-        largest. Otherwise not used.
+        largest. Without it such a directory is in our own layout. Otherwise not used.
       tokenizer: See `save_pretrained`.
       metadata: See `save_pretrained`.
       dtype: Of what is not quantized.
 
     Raises:
       ValueError: If a matrix is no `CodedWeight`, they are of several kinds, weights are not
-        finite, inputs in NVFP4 have no abs-max, or as `save_pretrained`.
+        finite, or as `save_pretrained`.
     """
     flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
     coded, rotation = _common({name: flat.get(name) for name in QUANTIZABLE_PATHS})
@@ -96,10 +101,7 @@ def save_quantized(
     scheme, obstacle = _scheme(first)
     if scheme and scheme["format"] == "nvfp4-pack-quantized" and scheme["input_activations"]:
         if input_absmax is None:
-            raise ValueError(
-                "save_quantized: inputs in NVFP4 have a global scale from calibration, got no"
-                " input_absmax; pass CompressedBlock.input_absmax of each layer."
-            )
+            scheme, obstacle = None, _NOT_CALIBRATED
     else:
         input_absmax = None
 
@@ -139,6 +141,7 @@ def save_quantized(
         "spec": spec_to_json(spec),
         "activations": spec_to_json(activations),
         "rotation": None if rotation is None else {"hadamard": rotation.block_size},
+        "shares_global_scales": shares_global_scales(params),
         **({} if obstacle is None else {"obstacle": obstacle}),
     }
     record["quantization_config"] = {"quant_method": OURS, OURS: ours}

@@ -137,7 +137,22 @@ def specs_of(scheme: Mapping[str, Any]) -> tuple[QuantSpec, QuantSpec | None]:
                 f"load_quantized: format {other!r} is not one of nvfp4-pack-quantized,"
                 " mxfp4-pack-quantized, float-quantized and pack-quantized."
             )
-    return spec, None if inputs is None else activations
+    activations = None if inputs is None else activations
+    expected = scheme_of(spec, activations)
+    for key, names in (
+        ("weights", ("num_bits", "strategy")),
+        ("input_activations", ("num_bits", "strategy", "type")),
+    ):
+        said, held = (
+            {name: (record or {}).get(name) for name in names}
+            for record in (scheme.get(key), expected[key])
+        )
+        if said != held:
+            raise ValueError(
+                f"load_quantized: {scheme['format']} is read with {key} of {held}, got {said};"
+                " other strategies and formats are not read."
+            )
+    return spec, activations
 
 
 def spec_to_json(spec: QuantSpec | None) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Directories of codes back into models, each matrix as a `CodedWeight`."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,7 +15,12 @@ from lowbit_jax.models.llama import QUANTIZABLE_PATHS
 from lowbit_jax.models.pretrained import Pretrained, SafetensorsFile, config_from_json
 from lowbit_jax.models.pretrained.assemble import TensorSource, assemble
 from lowbit_jax.models.pretrained.families import METADATA_KEYS, huggingface_names
-from lowbit_jax.models.pretrained.huggingface import open_weights, read_json
+from lowbit_jax.models.pretrained.huggingface import (
+    find_tokenizer,
+    is_needless,
+    open_weights,
+    read_json,
+)
 from lowbit_jax.numerics import QTensor, QuantSpec
 from lowbit_jax.ops.coded_weight import CodedWeight
 from lowbit_jax.ptq.export import bits_on_disk, is_finite, matrix_shape, quantized_modules
@@ -63,6 +69,11 @@ def describe_directory(path: str | os.PathLike) -> str:
     if kind.rotation is not None:
         lines.append(
             f"only for readers that follow transform_config: inputs go through {kind.rotation}"
+        )
+    if not found.get(OURS, {}).get("shares_global_scales", True):
+        lines.append(
+            "matrices that servers fuse have global scales of their own: vLLM would take one of"
+            " them for all"
         )
     if kind.activations is not None:
         lines.append("servers quantize inputs to the format of the weights, by rules of their own")
@@ -133,13 +144,13 @@ def load_quantized(
         model,
         huggingface_names(config),
         TensorSource(path, shapes, read),
+        ignored=functools.partial(is_needless, config),
         param_dtype=param_dtype,
         on_host=on_host,
         stack=stack,
     )
-    tokenizer = path / "tokenizer.json"
     metadata = {key: record[key] for key in METADATA_KEYS if key in record}
-    return Pretrained(model, params, tokenizer if tokenizer.exists() else None, metadata)
+    return Pretrained(model, params, find_tokenizer(path), metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +210,8 @@ def _read_kind(path: pathlib.Path, found: Mapping[str, Any]) -> _Kind:
     if method == OURS:
         assert spec is not None
         return _Kind(spec, activations, rotation, True)
-    scheme = {"format": found["format"], **groups["group_0"]}
+    scheme = {**groups["group_0"]}
+    scheme["format"] = scheme.get("format") or found.get("format")
     for_servers = rotation_from_config(found.get("transform_config"))
     if spec is None:
         return _Kind(*specs_of(scheme), for_servers, False)

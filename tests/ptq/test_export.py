@@ -18,6 +18,7 @@ from lowbit_jax.numerics import QuantSpec, dequantize_matrices, quantize_matrice
 from lowbit_jax.numerics.presets import FP8_E4M3_TENSOR
 from lowbit_jax.ops.coded_weight import CodedWeight
 from lowbit_jax.ptq.export import bits_on_disk, save_quantized, shares_global_scales
+from lowbit_jax.ptq.layouts import specs_of
 from lowbit_jax.ptq.quantized_directory import (
     describe_directory,
     is_quantized_directory,
@@ -242,8 +243,26 @@ def test_inputs_of_nvfp4_share_a_scale_where_servers_fuse(params, tmp_path):
     assert written("mlp.down_proj", layer=1) == [1.0]  # of inputs that are always zero
     found = matrices(load_quantized(tmp_path / "m").params)
     assert {weight.activations for weight in found.values()} == {NVFP4}
-    with pytest.raises(ValueError, match="a global scale from calibration"):
-        save_quantized(tmp_path / "n", MODEL, coded)
+    assert "have global scales of their own" in describe_directory(tmp_path / "m")
+    saved = save_quantized(tmp_path / "n", MODEL, coded)
+    assert saved.layout == "lowbit_jax"
+    assert "from a calibration" in saved.obstacle
+    assert matrices(load_quantized(tmp_path / "n").params).keys() == found.keys()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": "pack-quantized", "input_activations": {"num_bits": 8}}, "input_activations"),
+        ({"format": "float-quantized", "weights": {"strategy": "block"}}, "weights"),
+        ({"format": None}, "format None"),
+    ],
+)
+def test_what_another_writer_means_otherwise_is_refused(changed, message):
+    weights = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+    weights |= changed.pop("weights", {})
+    with pytest.raises(ValueError, match=message):
+        specs_of({"weights": weights, "input_activations": None, **changed})
 
 
 def test_what_is_no_model_of_codes_is_refused(params, tmp_path):

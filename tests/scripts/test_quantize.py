@@ -89,7 +89,13 @@ def test_a_command_that_was_wrong_or_killed_is_given_once_more(folder, tmp_path,
     assert capsys.readouterr().out == whole
     assert (out / "report.png").exists()
     assert script("evaluate")(out, arguments["text"], rotation=32, **SHORT) == 2
-    assert "--rotation is for --activations" in capsys.readouterr().err
+    assert "--rotation: a directory of codes has its own" in capsys.readouterr().err
+    # With other arguments it is another model.
+    work.mkdir()
+    for name in ("report.json", "report.png", "report.txt"):
+        (out / name).rename(work / name)
+    assert quantize(folder / "model", out, "int4", block_size=16, **arguments) == 2
+    assert "must not exist yet" in capsys.readouterr().err
 
 
 def test_matrices_that_servers_fuse_are_solved_under_one_scale(folder, tmp_path, capsys):

@@ -9,7 +9,6 @@ import pytest
 
 from lowbit_jax import FP8_E4M3
 from lowbit_jax.models import Llama, llama_rules
-from lowbit_jax.models.llama import QUANTIZABLE_PATHS
 from lowbit_jax.models.pretrained import load_pretrained
 from lowbit_jax.ops.recipes import get_recipe
 from lowbit_jax.optim import dequantize_leaves, quantize_leaves
@@ -109,11 +108,7 @@ def test_a_trained_model_of_codes_predicts_as_the_run_does(
     state = draw_state(config, jax.random.key(5))
     monkeypatch.setattr(pretrained_runs, "load_run", lambda folder: (config, state))
 
-    def save(*args, **rest):
-        absmax = {path: [1.0] * shape.n_layers for path in QUANTIZABLE_PATHS}
-        return save_quantized(*args, **rest, input_absmax=absmax)
-
-    export_run("run", tmp_path / "codes", save_codes=save)
+    export_run("run", tmp_path / "codes", save_codes=save_quantized)
     written = json.loads((tmp_path / "codes" / "config.json").read_text())["quantization_config"]
     assert written.get("format", written["quant_method"]) == layout
     loaded = load_quantized(tmp_path / "codes", "float32")

@@ -1,5 +1,6 @@
 """Directories as Hugging Face lays them out: config.json, safetensors in shards, a tokenizer."""
 
+import functools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from lowbit_jax.files import sync, writing_name
-from lowbit_jax.models.llama import Llama
+from lowbit_jax.models.llama import Llama, LlamaConfig
 from lowbit_jax.models.pretrained.assemble import (
     Pretrained,
     TensorSource,
@@ -110,16 +111,27 @@ def load_pretrained(
         model,
         huggingface_names(config),
         TensorSource(path, shapes, read),
-        # Old checkpoints hold the rotary frequencies, which the configuration gives.
-        ignored=lambda name: (
-            name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_embeddings)
-        ),
+        ignored=functools.partial(is_needless, config),
         param_dtype=param_dtype,
         on_host=on_host,
     )
-    tokenizers = [path / name for name in _TOKENIZER_FILES[:2] if (path / name).exists()]
     metadata = {key: record[key] for key in METADATA_KEYS if key in record}
-    return Pretrained(model, params, tokenizers[0] if tokenizers else None, metadata)
+    return Pretrained(model, params, find_tokenizer(path), metadata)
+
+
+def find_tokenizer(path: pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer.json of a directory, or else its tokenizer.model; None if it has neither."""
+    found = (path / name for name in _TOKENIZER_FILES[:2])
+    return next((file for file in found if file.exists()), None)
+
+
+def is_needless(config: LlamaConfig, name: str) -> bool:
+    """Whether a tensor may be there and is not needed.
+
+    Old checkpoints hold the rotary frequencies, which the configuration gives; some hold a tied
+    head twice.
+    """
+    return name.endswith("rotary_emb.inv_freq") or (name == _HEAD and config.tie_embeddings)
 
 
 def save_pretrained(
