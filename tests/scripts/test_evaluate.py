@@ -76,7 +76,7 @@ def test_codes_are_multiplied_with_the_inputs_that_are_asked_for(evaluate, folde
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"activations": "mxfp4", "rotation": 32}, "or come with codes"),
+        ({"activations": "mxfp4", "rotation": 32}, "a directory of codes has its own"),
         ({"activations": "mxfp5"}, "must be none or one of"),
     ],
 )
