@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import re
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -17,6 +18,16 @@ def blocks(page):
 WITH_CODE = [page for page in PAGES if blocks(page)]
 
 
+@pytest.fixture
+def optimized(page, compilation):
+    """Guides train for hundreds of steps: level 0 of LLVM costs more time there than it saves."""
+    was = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", was and "guides" not in page.parts)
+    yield
+    jax.config.update("jax_disable_most_optimizations", was)
+
+
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
