@@ -19,7 +19,9 @@ from lowbit_jax.numerics.spec import QuantSpec
 class QTensor:
     """Codes and scales; `x ~ level(codes) * scales * global_scale`. A pytree whose spec is static.
 
-    The fields are not checked, for a pytree may hold anything: shapes, shardings, tracers.
+    The fields are not checked, for a pytree may hold anything: shapes, shardings, tracers. So
+    `optax.apply_updates` refuses an array as the update of a QTensor, but would add a QTensor to
+    its codes; no gradient of ours has that form. `apply_updates_low_precision` adds values.
 
     Attributes:
       codes: uint8 `(*batch, k * bits // 8)`, densely packed, for formats below 8 bits; else

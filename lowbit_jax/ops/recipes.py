@@ -62,7 +62,8 @@ QUEST_W4A16, QUEST_W3A16, QUEST_W2A16, QUEST_W1A16 = (
     QUEST_W3A3_NO_HADAMARD,
     QUEST_W2A2_NO_HADAMARD,
     QUEST_W1A1_NO_HADAMARD,
-) = (_quest(b, hadamard=False) for b in (4, 3, 2, 1))
+    QUEST_W8A8_NO_HADAMARD,
+) = (_quest(b, hadamard=False) for b in (4, 3, 2, 1, 8))
 
 
 def _rtn(bits: int) -> DotRecipe:
@@ -71,7 +72,9 @@ def _rtn(bits: int) -> DotRecipe:
     return DotRecipe(y_x=spec, y_w=spec, name=f"rtn_w{bits}a{bits}")
 
 
-RTN_W8A8, RTN_W4A4, RTN_W3A3, RTN_W2A2, RTN_W1A1 = (_rtn(b) for b in (8, 4, 3, 2, 1))
+RTN_W8A8, RTN_W6A6, RTN_W5A5, RTN_W4A4, RTN_W3A3, RTN_W2A2, RTN_W1A1 = (
+    _rtn(b) for b in (8, 6, 5, 4, 3, 2, 1)
+)
 
 
 def _weight_only(spec: QuantSpec, name: str) -> DotRecipe:

@@ -106,16 +106,24 @@ def mean_loss_and_gradient(params, batch, recipe, micro_batches, *, once, remat=
 
 
 @pytest.mark.parametrize(
-    ("name", "micro_batches", "remat"),
-    [("mxfp4_forward", 1, False), ("quartet", PARTS, True)],
+    ("name", "micro_batches", "remat", "devices"),
+    [
+        ("mxfp4_forward", 1, False, 1),
+        ("quartet", PARTS, True, 1),
+        # Here sums in another order turn no rounding.
+        ("mxfp4_forward", PARTS, True, 4),
+    ],
 )
-def test_once_a_step_is_the_same_training_step(params, batch, name, micro_batches, remat):
+def test_once_a_step_is_the_same_training_step(params, batch, name, micro_batches, remat, devices):
     @functools.partial(jax.jit, static_argnames="once")
-    def run(once):
+    def run(params, once):
         recipe = get_recipe(name)
         return mean_loss_and_gradient(params, batch, recipe, micro_batches, once=once, remat=remat)
 
-    (loss, grads), (expected_loss, expected) = run(once=True), run(once=False)
+    mesh = jax.make_mesh((devices,), ("fsdp",), (jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    placed = jax.device_put(params, sharding) if devices > 1 else params
+    (loss, grads), (expected_loss, expected) = run(placed, once=True), run(params, once=False)
     # Bound: equal operands in all products, whose sums of up to 128 terms, at most 6 products deep,
     # may be taken in another order, and so may those over micro-batches and of the rotation back;
     # a rounding that went the other way would show as 1e-2.
@@ -181,7 +189,7 @@ def master_gradient(weights, x, recipe, place=lambda quantized: quantized):
 def test_sharded_weights_give_the_same_gradients_and_codes_are_what_is_gathered(weights):
     recipe = get_recipe("mxfp4_forward")
     x = jax.random.normal(jax.random.key(4), (32, 64))
-    expected = jax.jit(master_gradient, static_argnums=2)(weights, x, recipe)
+    expected = jax.jit(jax.grad(two_layers), static_argnums=2)(weights, x, recipe)  # in the layers
     mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     rows, everywhere = (jax.NamedSharding(mesh, s) for s in (spec("data"), spec()))
