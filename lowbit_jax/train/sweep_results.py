@@ -51,7 +51,8 @@ def results_markdown(
     """The table as text: a part for each group, a line for each row, those not run yet too.
 
     Losses are means over the seeds; a gap is the mean over the seeds that row and baseline share,
-    with the standard error of that mean.
+    with the standard error of that mean. If all baselines lead to one row, such as BF16, there is
+    the gap to that one, too.
 
     Args:
       title: The heading.
@@ -61,30 +62,40 @@ def results_markdown(
     """
     lines = [f"# {title}", "", *_provenance(records.values())]
     rows = [row for row in rows if row.has_result]
+    reference = _reference(rows)
+    columns = ["row", "validation loss", "gap", "to", *([f"gap to {reference}"] if reference else [])]
+    columns += ["bits per byte", "rms(w - Q(w)) / rms(w)", "ktok/s", "published"]
     groups = list(dict.fromkeys(row.group for row in rows))
     for group in groups:
         lines += ["", f"## {group}", ""] if group else [""]
-        lines += [
-            "| row | validation loss | gap | to | bits per byte | rms(w - Q(w)) / rms(w) | ktok/s"
-            " | published |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        lines += [
-            "| " + " | ".join(_cells(row, records, speeds)) + " |"
-            for row in rows
-            if row.group == group
-        ]
+        cells = [_cells(row, records, speeds, reference) for row in rows if row.group == group]
+        lines += [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *cells)]
     return "\n".join(lines) + "\n"
 
 
-def paired_gaps(row: Row, records: Records) -> list[float]:
-    """Loss minus the baseline's, nats per token, for each seed that both have finished."""
+def _reference(rows: Sequence[Row]) -> str | None:
+    """The one row to which all baselines lead, if some lead there by way of another row."""
+    baselines = {row.name: row.baseline for row in rows}
+    ends = {end for end in baselines.values() if end and baselines.get(end) is None}
+    is_direct = all(end is None or end in ends for end in baselines.values())
+    return ends.pop() if len(ends) == 1 and not is_direct else None
+
+
+def paired_gaps(row: Row, records: Records, baseline: str | None = None) -> list[float]:
+    """Loss minus the baseline's, nats per token, for each seed that both have finished.
+
+    Args:
+      row: Whose loss.
+      records: Of the runs.
+      baseline: Another row than the row's own baseline.
+    """
+    baseline = baseline or row.baseline or ""
     gaps = []
     for seed in row.seeds:
         loss = _loss(records.get((row.name, seed)))
-        baseline = _loss(records.get((row.baseline or "", seed)))
-        if loss is not None and baseline is not None:
-            gaps.append(loss - baseline)
+        reference = _loss(records.get((baseline, seed)))
+        if loss is not None and reference is not None:
+            gaps.append(loss - reference)
     return gaps
 
 
@@ -129,7 +140,17 @@ def _loss(record: Record | None) -> float | None:
     return None if record is None else record.get("validation_loss")
 
 
-def _cells(row: Row, records: Records, speeds: Mapping[str, float]) -> Iterable[str]:
+def _shown_gap(gaps: Sequence[float], runs: int) -> str:
+    if not gaps:
+        return ""
+    error = standard_error(gaps)
+    shown = f"{statistics.mean(gaps):+.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return shown + (f" ({len(gaps)} pairs)" if len(gaps) < runs else "")
+
+
+def _cells(
+    row: Row, records: Records, speeds: Mapping[str, float], reference: str | None
+) -> Sequence[str]:
     found = [records[row.name, seed] for seed in row.seeds if (row.name, seed) in records]
     done = [record for record in found if _loss(record) is not None]
     all_seeds = f"{len(row.seeds)} seeds" if len(row.seeds) > 1 else ""
@@ -142,11 +163,12 @@ def _cells(row: Row, records: Records, speeds: Mapping[str, float]) -> Iterable[
         loss = "to be run"
     if done and len(found) > len(done):
         loss += f", {len(found) - len(done)} diverged"
-    gap = ""
-    if gaps := paired_gaps(row, records):
-        error = standard_error(gaps)
-        gap = f"{statistics.mean(gaps):+.4f}" + ("" if error is None else f" ± {error:.4f}")
-        gap += f" ({len(gaps)} pairs)" if len(gaps) < len(done) else ""
+    gap = _shown_gap(paired_gaps(row, records), len(done))
+    to_reference = (
+        _shown_gap(paired_gaps(row, records, reference), len(done))
+        if reference and row.name != reference
+        else ""
+    )
     bits, residual = _mean(done, "validation_bits_per_byte"), _mean(done, "quantization_error")
     speed = speeds.get(row.speed_key)
     return (
@@ -154,6 +176,7 @@ def _cells(row: Row, records: Records, speeds: Mapping[str, float]) -> Iterable[
         loss,
         gap,
         row.baseline or "",
+        *([to_reference] if reference else []),
         "" if bits is None else f"{bits:.3f}",
         "" if residual is None else f"{residual:.3f}",
         "" if speed is None else f"{speed / 1e3:,.0f}",

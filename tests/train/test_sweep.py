@@ -149,6 +149,20 @@ def test_gaps_are_paired_by_seed_with_the_standard_error_of_their_mean(sweeps):
     assert "[1/6] base-s0: loss 3.0000, " in sweeps.printed.getvalue()
 
 
+def test_gaps_of_gaps_are_shown_against_the_row_to_which_all_lead_too(sweeps):
+    rows = [
+        sweeps.row("base", seeds=(0, 1)),
+        sweeps.row("b", "b", seeds=(0, 1), baseline="base"),
+        sweeps.row("c", seeds=(0, 1), baseline="b"),
+    ]
+    sweeps.run(rows)
+    assert "| gap | to | gap to base | bits per byte |" in sweeps.table
+    # By hand: losses 3 and 3.1 of base and c, 3.5 and 3.475 of b.
+    assert "| base | 3.0500 (2 seeds) |  |  |  | 1.200 |" in sweeps.table
+    assert "| b | 3.4875 (2 seeds) | +0.4375 ± 0.0625 | base | +0.4375 ± 0.0625 |" in sweeps.table
+    assert "| c | 3.0500 (2 seeds) | -0.4375 ± 0.0625 | b | +0.0000 ± 0.0000 |" in sweeps.table
+
+
 def test_what_is_finished_is_not_run_again_and_what_failed_is(sweeps):
     rows = [
         sweeps.row("good"),
