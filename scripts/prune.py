@@ -7,8 +7,8 @@ Example:
 """
 
 import dataclasses
+import math
 import pathlib
-import shutil
 import sys
 
 import tyro
@@ -19,7 +19,7 @@ from lowbit_jax.data.tokenizers import BPETokenizer
 from lowbit_jax.models import Llama
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
-from lowbit_jax.ptq.report import REPORTS
+from lowbit_jax.ptq.finished import copy_reports, is_finished_but_for_reports
 from lowbit_jax.ptq.sparse_methods import (
     Callbacks,
     OneShot,
@@ -105,7 +105,8 @@ def main(
       batch_size: Windows side by side; of training, of a step.
       max_tokens: Of the text that are read; None: all for training, a million for calibration.
       seed: Of the places and the order of windows.
-      tokenizer: Another one than the model's: a tokenizer.json of byte-level BPE, or "bytes".
+      tokenizer: Another one than the model's: a tokenizer.json of BPE (byte-level or
+        SentencePiece's), a tokenizer.model, or "bytes".
       dtype: Of the computation, float32 or bfloat16. Weights are float32.
       keep_every_s: Seconds after which a training is kept once more.
       work: Folder in which a killed run goes on; None: OUT.work, which is removed at the end.
@@ -123,7 +124,13 @@ def main(
             learning_rate=learning_rates[0], strength=strength, final_strength=final_strength,
             interval=interval, is_objective_aware=objective_aware,
         )  # fmt: skip
-        if is_finished_but_for_reports(out, kept):
+        arguments = {
+            "model": str(model), "out": str(out.absolute()), "method": repr(how),
+            "learning_rates": learning_rates, "text": text, "samples": samples, "length": length,
+            "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
+            "tokenizer": tokenizer, "dtype": dtype, "recompute": recompute,
+        }  # fmt: skip
+        if is_finished_but_for_reports(out, kept, arguments):
             return finish(out, kept, removes=work is None)
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
@@ -152,20 +159,18 @@ def main(
                 "keep_every_s": keep_every_s,
             }  # fmt: skip
             losses = {}
-            if len(learning_rates) > 1:
+            if how.is_trained or len(learning_rates) > 1:
                 pruned, how, losses = search_learning_rates(
                     llama, loaded.params, how, learning_rates, validation=validation, **options
                 )
             else:
                 pruned = prune_model(llama, loaded.params, how, **options)
-        settings = {
-            "model": str(model), "method": repr(how), "text": list(text), "samples": samples,
-            "length": length, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
-            "dtype": dtype, "bits_per_weight": pruned.bits_per_weight,
-        }  # fmt: skip
+        settings = {**arguments, "bits_per_weight": pruned.bits_per_weight}
         if how.is_trained:
-            losses[how.learning_rate] = mean_loss(llama, pruned.params, validation)
-            settings["losses_held_out"] = {f"{rate:g}": loss for rate, loss in losses.items()}
+            settings["learning_rate"] = how.learning_rate
+            settings["losses_held_out"] = {
+                f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in losses.items()
+            }
             settings["loss_held_out_before"] = mean_loss(llama, loaded.params, validation)
         kept.mkdir(parents=True, exist_ok=True)
         save_sparse_report(kept, pruned, how.pattern, settings)
@@ -193,16 +198,8 @@ def progress(bar: Progress, how: SparseMethod, blocks: int) -> Callbacks:
     )
 
 
-def is_finished_but_for_reports(out: pathlib.Path, kept: pathlib.Path) -> bool:
-    done = (out / "config.json").exists() and not (out / REPORTS[-1]).exists()
-    return done and all((kept / name).exists() for name in REPORTS)
-
-
 def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
-    for name in REPORTS:
-        shutil.copyfile(kept / name, out / name)
-    if removes:
-        shutil.rmtree(kept)
+    copy_reports(kept, out, removes=removes)
     print((out / "report.txt").read_text(), end="")
     print(f"wrote {out}")
     return 0

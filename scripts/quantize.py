@@ -7,22 +7,20 @@ Example:
 """
 
 import dataclasses
-import json
 import pathlib
-import shutil
 import sys
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from lowbit_jax.data.tokenizers import BPETokenizer
-from lowbit_jax.files import write_atomically
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ptq.calibrate import compress_blocks
 from lowbit_jax.ptq.export import input_absmax, save_quantized
+from lowbit_jax.ptq.finished import copy_reports, is_finished_but_for_reports
 from lowbit_jax.ptq.methods import (
     Method,
     Solver,
@@ -33,7 +31,7 @@ from lowbit_jax.ptq.methods import (
     quantized_params,
 )
 from lowbit_jax.ptq.quantized_directory import describe_directory, is_quantized_directory
-from lowbit_jax.ptq.report import REPORTS, save_report
+from lowbit_jax.ptq.report import save_report
 from lowbit_jax.ptq.shared_scales import sharing_scales
 from lowbit_jax.ptq.texts import calibration_batches, read_tokens, tokenizer_of
 
@@ -81,7 +79,8 @@ def main(
       batch_size: Windows side by side.
       calibration_tokens: Of the text, from which windows are drawn.
       seed: Of the places of windows.
-      tokenizer: Another one than the model's: a tokenizer.json of byte-level BPE, or "bytes".
+      tokenizer: Another one than the model's: a tokenizer.json of BPE (byte-level or
+        SentencePiece's), a tokenizer.model, or "bytes".
       dtype: Of the computation, float32 or bfloat16.
       work: Folder in which blocks are kept, so that a killed run goes on; None: OUT.work, which is
         removed at the end.
@@ -148,23 +147,8 @@ def main(
         return 2
 
 
-def is_finished_but_for_reports(
-    out: pathlib.Path, kept: pathlib.Path, arguments: dict[str, Any]
-) -> bool:
-    """Whether this very command was stopped after it wrote the model, which takes one move."""
-    is_written = (out / "config.json").exists() and not (out / REPORTS[-1]).exists()
-    if not is_written or not all((kept / name).exists() for name in REPORTS):
-        return False
-    settings = json.loads((kept / REPORTS[0]).read_text())["settings"]
-    settings.pop("bits_per_weight")
-    return settings == json.loads(json.dumps(arguments))
-
-
 def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
-    for name in REPORTS:
-        write_atomically(out / name, (kept / name).read_bytes())
-    if removes:
-        shutil.rmtree(kept)
+    copy_reports(kept, out, removes=removes)
     print((out / "report.txt").read_text(), end="")
     print(f"wrote {out}" + (f": {describe_directory(out)}" if is_quantized_directory(out) else ""))
     return 0

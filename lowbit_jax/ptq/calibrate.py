@@ -17,7 +17,6 @@ References:
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from lowbit_jax.models.llama import QUANTIZABLE_PATHS, Block
 from lowbit_jax.ops.coded_weight import CodedWeight
 from lowbit_jax.ptq.hessian import Hessian, add_inputs, empty_hessian
 from lowbit_jax.ptq.info import Info, check_info
-from lowbit_jax.ptq.kept_blocks import KeptBlocks
+from lowbit_jax.ptq.kept_blocks import KeptBlocks, digest_of
 from lowbit_jax.ptq.statistics import code_statistics, input_statistics, weight_statistics
 
 # What is recorded, by the module that takes or makes it: matrices that share an input share one.
@@ -182,7 +181,7 @@ def compress_blocks(
             source: _Inputs(empty_hessian(_matrix(layer, users[0]).shape[1]), jnp.float32(0))
             for source, users in _SOURCES.items()
         }
-        digest = "" if kept_blocks is None else _digest(layer)
+        digest = "" if kept_blocks is None else digest_of(layer)
         if kept_blocks is not None and index in kept_blocks:
             done = _load(kept_blocks, index, layer, inputs, compression, digest)
         else:
@@ -230,19 +229,9 @@ def _identity(model: Llama, params: Mapping[str, Any], batches: Sequence[Any]) -
     """
     return {
         "model_config": repr(model.config),
-        "tokens_sha256": _digest([np.asarray(batch, np.int32) for batch in batches]),
-        "params_sha256": _digest({name: params[name] for name in params if name != "layers"}),
+        "tokens_sha256": digest_of([np.asarray(batch, np.int32) for batch in batches]),
+        "params_sha256": digest_of({name: params[name] for name in params if name != "layers"}),
     }
-
-
-def _digest(tree: PyTree) -> str:
-    """Of paths, shapes, dtypes and bytes."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        found.update(array.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
 
 
 # Compiled once for equal models, however many methods are tried.

@@ -13,9 +13,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from lowbit_jax.ptq.kept_blocks import KeptBlocks
+from lowbit_jax.ptq.kept_blocks import KeptBlocks, digest_of
 
 LossFn = Callable[[PyTree, Any], Float[Array, ""]]
+
+
+class Diverged(ValueError):
+    """The loss of a training became NaN or infinite."""
 
 
 class Record(NamedTuple):
@@ -99,8 +103,9 @@ def descend(
       keep: None: not kept.
 
     Raises:
-      ValueError: If a parameter has no 32 bits, there are fewer batches than steps, the loss
-        becomes NaN or infinite, or what is kept is of another run or damaged.
+      Diverged: If the loss becomes NaN or infinite.
+      ValueError: If a parameter has no 32 bits, there are fewer batches than steps, or what is kept
+        is of another run or damaged.
     """
     if narrow := {str(p.dtype) for p in jax.tree.leaves(params)} - {"float32", "float64"}:
         raise ValueError(
@@ -170,10 +175,7 @@ class _Kept:
     """One file with parameters, state and what was seen."""
 
     def __init__(self, who: str, keep: Keep, params: PyTree, steps: int):
-        ends = hashlib.sha256()
-        for leaf in jax.tree.leaves(params):
-            ends.update(np.asarray(leaf.reshape(-1)[-65536:]).tobytes())
-        settings = {**keep.settings, "steps": steps, "params_sha256": ends.hexdigest()}
+        settings = {**keep.settings, "steps": steps, "params_sha256": digest_of(params)}
         self._blocks = KeptBlocks(keep.folder, settings, who=who, name="state")
         self._every_s, self._last = keep.every_s, time.monotonic()
 
@@ -200,7 +202,7 @@ def _add(digest, batch: Any) -> None:
 def _mean(who, step, losses):
     loss = float(jnp.mean(jnp.stack(losses)))
     if not np.isfinite(loss):
-        raise ValueError(
+        raise Diverged(
             f"{who}: the loss must stay finite, got {loss} before step {step}; lower learning_rate"
             " or strength, or look for NaN in the parameters and batches."
         )

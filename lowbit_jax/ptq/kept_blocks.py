@@ -1,5 +1,6 @@
 """Compressed blocks in a folder, each whole or not at all."""
 
+import hashlib
 import json
 import pathlib
 import zipfile
@@ -99,6 +100,16 @@ class KeptBlocks:
 
     def _path(self, index: int) -> pathlib.Path:
         return self.folder / f"{self._name}_{index:03d}.npz"
+
+
+def digest_of(tree: PyTree) -> str:
+    """SHA-256 of the paths, shapes, dtypes and bytes of all leaves, in hexadecimal digits."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def _difference(found: str, wanted: str) -> str:

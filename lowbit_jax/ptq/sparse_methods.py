@@ -12,6 +12,7 @@ matrices of each block are pruned: never embeddings, norms or the head, which tr
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,7 +27,7 @@ from lowbit_jax.models.llama import QUANTIZABLE_PATHS
 from lowbit_jax.numerics import QTensor, QuantSpec, dequantize
 from lowbit_jax.optim.masks import match_paths, resolve_mask
 from lowbit_jax.ptq.calibrate import CompressedBlock, Compression, MatrixReport, compress_blocks
-from lowbit_jax.ptq.descent import Keep, Record
+from lowbit_jax.ptq.descent import Diverged, Keep, Record
 from lowbit_jax.ptq.elsa import ElsaSettings, prune_by_elsa, retrain
 from lowbit_jax.ptq.hessian import Hessian
 from lowbit_jax.ptq.magnitude import magnitude
@@ -62,7 +63,6 @@ class SparseMethod:
       learning_rate: At the first step; it falls linearly to 0.
       strength: Of Elsa, like all below but the last, see `ElsaSettings`: lam at the first step.
       final_strength: At the last; None: the same.
-      strength_kind: How it goes from one to the other.
       interval: Steps between projections.
       is_objective_aware: Whether the projection weighs with Adam's second moments.
       max_grad_norm: To which gradients are clipped; None: not clipped.
@@ -82,7 +82,6 @@ class SparseMethod:
     learning_rate: float = 2e-4
     strength: float = 0.01
     final_strength: float | None = None
-    strength_kind: str = "cosine"
     interval: int = 32
     is_objective_aware: bool = True
     max_grad_norm: float | None = 1.0
@@ -154,7 +153,6 @@ class SparseMethod:
             learning_rate=self.learning_rate,
             strength=self.strength,
             final_strength=self.final_strength,
-            strength_kind=self.strength_kind,
             interval=self.interval,
             per=self.comparison,
             budget=self.budget,
@@ -301,11 +299,12 @@ def search_learning_rates(
       keep_every_s: See there.
 
     Returns:
-      The best, its parameters on the host; its method; and the loss of each rate.
+      The best, its parameters on the host; its method; and the loss of each rate, infinite where it
+      or the loss of the training was not finite.
 
     Raises:
-      ValueError: As `prune_model`; or if the method does not train, or there are no rates, the same
-        twice, or no validation.
+      ValueError: As `prune_model`, but for rates that diverge while another does not; or if the
+        method does not train, or there are no rates, the same twice, or no validation.
     """
     who = "search_learning_rates"
     rates = tuple(learning_rates)
@@ -328,11 +327,23 @@ def search_learning_rates(
     for rate in rates:
         candidate = dataclasses.replace(method, learning_rate=rate)
         on.method(candidate)
-        found = _trained(model, start, candidate, batches, folder, settings, on, keep_every_s)
-        losses[rate] = mean_loss(model, found.params, validation)
-        if best is None or losses[rate] < losses[best[1].learning_rate]:
+        losses[rate] = math.inf
+        try:
+            found = _trained(model, start, candidate, batches, folder, settings, on, keep_every_s)
+        except Diverged:  # Not stored: its frames hold parameters and state on the device.
+            continue
+        loss = mean_loss(model, found.params, validation)
+        if not math.isfinite(loss):
+            continue
+        losses[rate] = loss
+        if best is None or loss < losses[best[1].learning_rate]:
             best = found._replace(params=jax.tree.map(np.asarray, found.params)), candidate
-    assert best is not None
+    if best is None:
+        tried = ", ".join(f"{loss} at {rate:g}" for rate, loss in losses.items())
+        raise ValueError(
+            f"{who}: the held-out loss must be finite at one learning rate at least, got {tried};"
+            " lower them or the strength, or look for NaN in the parameters and batches."
+        )
     return *best, losses
 
 

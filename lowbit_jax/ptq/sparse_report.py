@@ -61,8 +61,8 @@ def save_sparse_report(
       folder: That is there.
       pruned: What to report.
       pattern: That it is to have.
-      settings: Plain data for JSON; report.txt has of them "losses_held_out", by learning rate, and
-        "loss_held_out_before".
+      settings: Plain data for JSON; report.txt has of them "losses_held_out", by learning rate,
+        None where not finite, and "loss_held_out_before".
 
     Raises:
       ValueError: If an N:M pattern is broken anywhere; nothing is written then.
@@ -87,7 +87,8 @@ def save_sparse_report(
         parts.append(f"{last.step:,} steps, loss {last.loss:.4f} in the last of them{gap}")
     if "losses_held_out" in settings:
         tried = (
-            f"{loss:.4f} (learning rate {r})" for r, loss in settings["losses_held_out"].items()
+            f"{'not finite' if loss is None else f'{loss:.4f}'} (learning rate {r})"
+            for r, loss in settings["losses_held_out"].items()
         )
         before = settings["loss_held_out_before"]
         parts.append(f"held-out loss {before:.4f} before pruning, after it {', '.join(tried)}")

@@ -13,6 +13,7 @@ from lowbit_jax.models import Llama, LlamaConfig, llama_rules
 from lowbit_jax.models.llama import QUANTIZABLE_PATHS
 from lowbit_jax.numerics import MXFP4
 from lowbit_jax.ops.recipes import get_recipe
+from lowbit_jax.ptq import sparse_methods
 from lowbit_jax.ptq.sparse_methods import (
     Callbacks,
     SparseMethod,
@@ -150,6 +151,28 @@ def test_elsa_and_its_control_train_on_the_same_terms(params, text, calibration,
         np.testing.assert_array_equal(np.sum(w == 0, axis=(1, 2)), int(0.7 * w[0].size))
         mask = matrices(one_shot.params)[path] == 0
         np.testing.assert_array_equal(matrices(control.params)[path] == 0, mask)
+
+
+def test_a_search_passes_over_rates_that_diverge(params, text):
+    search = {"batches": text[0], "validation": text[1]}
+    method = SparseMethod("retrain", MOST, steps=4)
+    found, chosen, losses = search_learning_rates(MODEL, params, method, (1e38, 1e-3), **search)
+    assert losses == {1e38: np.inf, 1e-3: mean_loss(MODEL, found.params, text[1])}
+    assert np.isfinite(losses[1e-3])
+    assert chosen.learning_rate == 1e-3
+    with pytest.raises(ValueError, match=r"finite at one .* got inf at 1e\+38, inf at 2e\+38; "):
+        search_learning_rates(MODEL, params, method, (1e38, 2e38), **search)
+
+
+def test_a_search_does_not_choose_a_held_out_loss_that_is_not_a_number(params, text, monkeypatch):
+    search = {"batches": text[0], "validation": text[1]}
+    method = SparseMethod("retrain", MOST, steps=1)
+    measured = iter([np.nan, 2.0, 1.0])
+    monkeypatch.setattr(sparse_methods, "mean_loss", lambda *_: next(measured))
+    rates = (1e-2, 1e-3, 1e-4)
+    _, chosen, losses = search_learning_rates(MODEL, params, method, rates, **search)
+    assert losses == {1e-2: np.inf, 1e-3: 2.0, 1e-4: 1.0}
+    assert chosen.learning_rate == 1e-4
 
 
 def test_what_a_method_cannot_be_is_refused(params, text, calibration):

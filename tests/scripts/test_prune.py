@@ -1,9 +1,12 @@
 """From a directory to a pruned directory, as a user does."""
 
+import errno
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -64,11 +67,68 @@ def test_elsa_says_what_it_did_and_a_killed_command_is_given_once_more(folder, t
     assert all(np.sum(w == 0) == int(0.7 * w.size) for w in kept(out))
     record = json.loads((out / "report.json").read_text())
     assert [row["step"] for row in record["training"]] == [4, 8]
-    # As a kill between the weights and the reports would leave it.
-    for name in ("report.json", "report.png", "report.txt"):
-        (out / name).unlink()
+    take_reports(out, tmp_path / "work")
     assert prune(folder / "model", out, "elsa", work=tmp_path / "work", **arguments) == 0
     assert capsys.readouterr().out == printed
+
+
+def take_reports(out, work):
+    """As a kill between the weights and the reports would leave it."""
+    work.mkdir(exist_ok=True)
+    for name in ("report.json", "report.png", "report.txt"):
+        (out / name).rename(work / name)
+
+
+def test_a_command_with_other_arguments_or_another_directory_is_not_the_one_that_was_killed(
+    folder, tmp_path, capsys
+):
+    out, work = tmp_path / "out", tmp_path / "work"
+    arguments = {"model": folder / "model", "method": "magnitude", "sparsity": 0.5, "work": work}
+    assert prune(out=out, **arguments) == 0
+    take_reports(out, work)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(folder / "model", foreign)
+    before = {path.name for path in foreign.iterdir()}
+    for changes in ({"out": foreign}, {"sparsity": 0.6}, {"per": "row"}, {"seed": 1}):
+        assert prune(**{"out": out, **arguments, **changes}) == 2, changes
+        assert "must not exist yet" in capsys.readouterr().err
+    assert {path.name for path in foreign.iterdir()} == before
+    assert prune(out=out, **arguments) == 0
+    assert "of all of them 50.0000" in capsys.readouterr().out
+
+
+def test_reports_are_whole_or_not_there(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    arguments = {"sparsity": 0.5, "work": tmp_path / "work"}
+    assert prune(folder / "model", out, "magnitude", **arguments) == 0
+    printed = capsys.readouterr().out
+    take_reports(out, tmp_path / "work")
+    before = {path.name for path in out.iterdir()}
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        assert prune(folder / "model", out, "magnitude", **arguments) == 2
+    assert {path.name for path in out.iterdir()} == before
+    assert prune(folder / "model", out, "magnitude", **arguments) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_rate_that_diverges_is_reported_and_the_other_written(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = {"text": (str(folder / "text.txt"),), "sparsity": 0.5, **WINDOWS, **TRAINING}
+    options["learning_rates"] = (1e38, 1e-3)
+    assert prune(folder / "model", out, "retrain", **options) == 0
+    assert re.search(
+        r"after it not finite \(learning rate 1e\+38\), \d\.\d{4} \(learning rate 0.001\)",
+        capsys.readouterr().out,
+    )
+    settings = json.loads((out / "report.json").read_text())["settings"]
+    assert settings["learning_rate"] == 1e-3
+    assert settings["losses_held_out"]["1e+38"] is None
+    assert np.all(np.isfinite(kept(out)))
 
 
 @pytest.mark.parametrize(
