@@ -101,8 +101,8 @@ def compress_sweep(
     """Runs what is missing of a table in this process, and writes the table of what there is.
 
     The model, its tokens and the inputs of its layers are read once, and what is compiled serves
-    all rows. A line is written as a row ends; a row that cannot be solved has a line with its
-    error, which counts as a result: remove it to try again.
+    all rows. A line is written as a row ends; a row that cannot be solved, or for which memory is
+    short, has a line with its error, which counts as a result: remove it to try again.
 
     Args:
       table: What to measure.
@@ -185,9 +185,10 @@ def _run(
             except KeyboardInterrupt:
                 left += [f"{other.name}, seed {s}" for other, s in todo[number:]]
                 break
-            except ValueError as error:
-                found = {"error": str(error)}
-                failed[name] = str(error)
+            # A RuntimeError is what the device says, such as out of memory, or what is not covered.
+            except (ValueError, RuntimeError) as error:
+                failed[name] = str(error) or type(error).__name__
+                found = {"error": failed[name]}
             else:
                 done.append(name)
             record: Record = {

@@ -6,6 +6,7 @@ A row is a `Row` of a sweep whose arguments are read here:
     {"format": "int4g32", "method": "gptq"}               weights; "int4g32": INT4 in groups of 32
     {..., "activations": "mxfp4"}                         and inputs
     {"pattern": "2:4", "method": "wanda"}                 zeros; "70%" of a matrix, or N:M
+    {..., "learning_rates": (1e-4, 2e-4)}                 of methods that train: the best of these
     {..., "outliers": True}                               of the model with injected outliers
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Literal
 from lowbit_jax.numerics import PRESETS, QuantSpec
 from lowbit_jax.ptq.methods import Method
 from lowbit_jax.ptq.sparse_methods import SparseMethod
-from lowbit_jax.sparsity import NM, Pattern, Unstructured
+from lowbit_jax.sparsity import Pattern, parse_pattern
 from lowbit_jax.train.sweep_rows import Row
 
 # Solver, and whether a Hadamard transform in blocks of the format comes before it.
@@ -32,7 +33,8 @@ QUANTIZERS: dict[str, tuple[str, bool]] = {
 }
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 TRAINED = ("retrain", "elsa")
-_SEEDLESS = ("rtn", "rtn_hadamard", "magnitude")
+# What depends on no calibration window and no batch.
+SEEDLESS = ("rtn", "rtn_hadamard", "magnitude")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +129,8 @@ def pattern_of(name: str) -> Pattern:
       ValueError: If it is neither.
     """
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", name):
-        return Unstructured(float(found[1]) / 100)
-    if found := re.fullmatch(r"(\d+):(\d+)", name):
-        return NM(int(found[1]), int(found[2]))
-    raise ValueError(f"pattern_of: must be like '70%' or '2:4', got {name!r}.")
+        return parse_pattern(float(found[1]) / 100)
+    return parse_pattern(n_of_m=name)
 
 
 def method_of(arguments: Mapping[str, Any]) -> Method | SparseMethod | None:
@@ -145,6 +145,7 @@ def method_of(arguments: Mapping[str, Any]) -> Method | SparseMethod | None:
         return None
     name = given.pop("method")
     if "pattern" in given:
+        given.pop("learning_rates", None)  # of a search, not of a method
         return SparseMethod(name, pattern_of(given.pop("pattern")), **given)
     if name not in QUANTIZERS:
         raise ValueError(f"method_of: must be one of {', '.join(QUANTIZERS)}, got {name!r}.")
@@ -201,7 +202,7 @@ def quantization_rows(
                         f"{format}-{width}-{method}{suffix}",
                         config,
                         arguments,
-                        seeds=tuple(range(1 if method in _SEEDLESS else seeds)),
+                        seeds=tuple(range(1 if method in SEEDLESS else seeds)),
                         baseline=f"{baseline}{suffix}" if baseline else None,
                         group=f"{format.upper()}, {width.upper()}"
                         + (", injected outliers" if outliers else ""),
@@ -225,7 +226,8 @@ def sparsity_rows(
       config: File of the table.
       patterns: See `pattern_of`.
       methods: Of `SparseMethod`.
-      training: By pattern, the arguments of `SparseMethod` for methods that train.
+      training: By pattern, the arguments of `SparseMethod` for methods that train, and
+        "learning_rates" that each of them tries.
       seeds: Of calibration windows.
       trained_seeds: Of the batches of methods that train, and of the windows for their masks.
     """
@@ -233,7 +235,7 @@ def sparsity_rows(
     for pattern in patterns:
         for method in methods:
             arguments: dict[str, Any] = {"pattern": pattern, "method": method}
-            count = 1 if method in _SEEDLESS else seeds
+            count = 1 if method in SEEDLESS else seeds
             if method in TRAINED:
                 arguments |= (training or {}).get(pattern, {})
                 count = trained_seeds
@@ -296,7 +298,7 @@ def run_order(rows: Sequence[Row]) -> list[tuple[Row, int]]:
 
     def cost(row: Row) -> int:
         method = row.arguments.get("method")
-        return 2 if method in TRAINED else 1 if method and method not in _SEEDLESS else 0
+        return 2 if method in TRAINED else 1 if method and method not in SEEDLESS else 0
 
     runs = [(row, seed) for row in rows for seed in row.seeds]
     return sorted(runs, key=lambda run: (run[1], cost(run[0])))

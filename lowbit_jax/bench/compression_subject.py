@@ -44,13 +44,21 @@ from lowbit_jax.ptq.methods import (
     quantized_params,
 )
 from lowbit_jax.ptq.perplexity import perplexity
-from lowbit_jax.ptq.sparse_methods import Callbacks, SparseMethod, prune_model
+from lowbit_jax.ptq.sparse_methods import (
+    Callbacks,
+    SparseMethod,
+    prune_model,
+    search_learning_rates,
+)
 from lowbit_jax.ptq.texts import calibration_batches, tokenizer_of
-from lowbit_jax.ptq.windows import TrainingWindows
+from lowbit_jax.ptq.windows import TrainingWindows, held_out
+from lowbit_jax.sparsity import Unstructured
 from lowbit_jax.train.sweep_rows import Row
 
 # More than a text has bytes a token, so that as many bytes hold the tokens that are asked for.
 _BYTES_PER_TOKEN = 8
+# Windows of the training tokens that choose a learning rate, as in scripts/prune.py.
+_HELD_OUT = 64
 _OnStep = Callable[[int, int], None]
 
 
@@ -184,8 +192,9 @@ class LlamaSubject:
             model, params, bits = self._quantized(method, outliers, seed, on_step)
             found["bits_per_weight"] = bits
         elif isinstance(method, SparseMethod):
-            pruned = self._pruned(method, outliers, seed, on_step)
+            pruned, chosen = self._pruned(row, method, outliers, seed, on_step)
             params, found["bits_per_weight"] = pruned.params, pruned.bits_per_weight
+            found |= chosen
         params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
         found["solve_s"] = time.perf_counter() - start
         if method is not None and not (isinstance(method, SparseMethod) and method.is_trained):
@@ -208,11 +217,13 @@ class LlamaSubject:
         share += -(-short // len(encoded))
         return np.concatenate([tokens[:share] for tokens in encoded])[:limit].astype(np.int32)
 
-    def _calibration(self, seed: int) -> list[Integer[np.ndarray, "b t"]]:
+    def _calibration(
+        self, seed: int, tokens: Integer[np.ndarray, " n"] | None = None
+    ) -> list[Integer[np.ndarray, "b t"]]:
+        """Windows that the seed draws, of other tokens than those for calibration if given."""
         table = self.table
-        return calibration_batches(
-            self.calibration, table.samples, table.length, table.batch_size, seed
-        )
+        tokens = self.calibration if tokens is None else tokens
+        return calibration_batches(tokens, table.samples, table.length, table.batch_size, seed)
 
     def _quantized(self, method: Method, outliers: bool, seed: int, on_step: _OnStep):
         """Model, parameters and bits a weight."""
@@ -232,22 +243,38 @@ class LlamaSubject:
             return self.model, quantized_params(params, blocks, compression), bits
         return *quantized_model(self.model, params, blocks, method), bits
 
-    def _pruned(self, method: SparseMethod, outliers: bool, seed: int, on_step: _OnStep):
-        table, count = self.table, itertools.count(1)
-        options: dict[str, Any] = {}
-        if method.needs_calibration:
-            options["calibration"] = self._calibration(seed)
-        if method.is_trained:
-            options["batches"] = TrainingWindows(
-                self.training, table.length, table.train_batch_size, seed
-            )
+    def _pruned(self, row: Row, method: SparseMethod, outliers: bool, seed: int, on_step: _OnStep):
+        """What is left of the model, and of methods that train what their learning rates gave."""
+        table, params, count = self.table, self.params(outliers), itertools.count(1)
         on = Callbacks(
             block=lambda block: on_step(next(count), self.model.config.n_layers),
             record=lambda record: on_step(record.step, method.steps),
         )
-        dtype = table.train_dtype if method.is_trained else table.dtype
-        model = Llama(dataclasses.replace(self.model.config, dtype=dtype))
-        return prune_model(model, self.params(outliers), method, on=on, **options)
+        if not method.is_trained:
+            windows = self._calibration(seed) if method.needs_calibration else ()
+            return prune_model(self.model, params, method, calibration=windows, on=on), {}
+        batch_size = table.train_batch_size
+        tokens, validation = held_out(self.training, _HELD_OUT, table.length, batch_size)
+        trained = method
+        if method.solver == "retrain":
+            windows = self._calibration(seed, tokens) if method.needs_calibration else ()
+            first = prune_model(self.model, params, method.one_shot, calibration=windows, on=on)
+            params = first.params
+            # The mask is there, found in `dtype`: with nothing more to go, its zeros stay.
+            trained = dataclasses.replace(
+                method, pattern=Unstructured(0.0), mask_solver="magnitude"
+            )
+        pruned, best, losses_of = search_learning_rates(
+            Llama(dataclasses.replace(self.model.config, dtype=table.train_dtype)),
+            params,
+            trained,
+            row.arguments.get("learning_rates", (method.learning_rate,)),
+            validation=validation,
+            batches=TrainingWindows(tokens, table.length, batch_size, seed),
+            on=on,
+        )
+        losses = {f"{rate:g}": x if np.isfinite(x) else None for rate, x in losses_of.items()}
+        return pruned, {"learning_rate": best.learning_rate, "losses_held_out": losses}
 
     def _layer_errors(self, params: PyTree, outliers: bool) -> dict[str, Any]:
         """Mean over all matrices, and by matrix; with inputs as the uncompressed model has them."""
