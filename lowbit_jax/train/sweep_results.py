@@ -63,7 +63,8 @@ def results_markdown(
     lines = [f"# {title}", "", *_provenance(records.values())]
     rows = [row for row in rows if row.has_result]
     reference = _reference(rows)
-    columns = ["row", "validation loss", "gap", "to", *([f"gap to {reference}"] if reference else [])]
+    columns = ["row", "validation loss", "gap", "to"]
+    columns += [f"gap to {reference}"] if reference else []
     columns += ["bits per byte", "rms(w - Q(w)) / rms(w)", "ktok/s", "published"]
     groups = list(dict.fromkeys(row.group for row in rows))
     for group in groups:
