@@ -72,9 +72,9 @@ def get_table(
         )
     rows = language_model_rows(
         __file__,
-        # Papers on MXFP4 have the scale with 4/3; the OCP's follows for weights alone.
-        formats=("mxfp4_fitted", "nvfp4", "int4g32", "int4g64", "int3g64", "int2g64", "mxfp4"),
-        input_formats=("mxfp4_fitted", "nvfp4", "int4g32"),
+        # Papers on MXFP4 have the scale with 4/3; `mxfp4` has the OCP's.
+        formats=("mxfp4", "mxfp4_fitted", "nvfp4", "int4g32", "int4g64", "int3g64", "int2g64"),
+        input_formats=("mxfp4", "mxfp4_fitted", "nvfp4", "int4g32"),
         patterns=("50%", "60%", "70%", "80%", "90%", "2:4"),
         training={
             pattern: {
