@@ -247,21 +247,60 @@ def elsa(
 
 
 def elsa_low_precision(
-    learning_rate: Scalar | optax.Schedule, projection: TreeProjection, **options
+    learning_rate: Scalar | optax.Schedule,
+    projection: TreeProjection,
+    *,
+    strength: Scalar | optax.Schedule = 0.01,
+    interval: int = 32,
+    is_objective_aware: bool = True,
+    mask: Mask = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    max_grad_norm: Scalar | None = 1.0,
+    z: str | QuantSpec = SPLIT_E4M3,
+    u: str | QuantSpec = "bfloat16",
+    m: str | QuantSpec = MOMENT_E4M3_128,
+    v: str = "bfloat16",
 ) -> optax.GradientTransformationExtraArgs:
     """Elsa-L: `elsa` with z in E4M3, u in bfloat16 and Adam's moments in E4M3 and bfloat16.
 
     6 bytes a constrained parameter (and a float32 scale for each matrix and each 128 first moments)
     where `elsa` has 16. The paper's Adam has both moments in 8 bits, 5 bytes; why the second is
-    bfloat16 here, `scale_by_adam_low_precision` says.
+    bfloat16 here, `scale_by_adam_low_precision` says. Updates are float32, as there.
 
     Args:
-      learning_rate: As in `elsa`.
+      learning_rate: As in `elsa`, like all the others; four defaults differ.
       projection: See there.
-      **options: The other arguments of `elsa`.
+      strength: See there.
+      interval: See there.
+      is_objective_aware: See there.
+      mask: See there.
+      b1: See there.
+      b2: See there.
+      eps: See there.
+      max_grad_norm: See there.
+      z: See there.
+      u: See there.
+      m: See there.
+      v: See there.
     """
-    storage = {"z": SPLIT_E4M3, "u": "bfloat16", "m": MOMENT_E4M3_128, "v": "bfloat16"}
-    return elsa(learning_rate, projection, **(storage | options))
+    return elsa(
+        learning_rate,
+        projection,
+        strength=strength,
+        interval=interval,
+        is_objective_aware=is_objective_aware,
+        mask=mask,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        max_grad_norm=max_grad_norm,
+        z=z,
+        u=u,
+        m=m,
+        v=v,
+    )
 
 
 def admm_finish(

@@ -126,6 +126,7 @@ def apply_updates_with_error_feedback(
     What a step cannot store, the next one adds again, so that `params + errors` follows the
     float32 sum of all updates. A residual in bfloat16 loses up to `2**-8` of itself a step, which
     for a bfloat16 weight w is `2**-16 |w|`: what a master copy with 16 significant bits would.
+    For a weight in E4M3 that is `2**-12 |w|`, more than many an update: give `init_errors` float32.
     No random bits; the cost is one more number a weight.
 
     Args:

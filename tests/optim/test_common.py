@@ -19,6 +19,7 @@ from lowbit_jax.optim import (
     cage,
     eco,
     elsa,
+    elsa_low_precision,
     match_paths,
     quartet,
 )
@@ -80,6 +81,16 @@ def eco_case(optimizer):
     return Case(eco, options, ("spec", "moment_dtype", "seed"))
 
 
+def elsa_case(make, **fields):
+    # At a strength for which the pull does not stop the descent of Rosenbrock's valley.
+    options = {
+        "projection": tree_onto_quarters, "strength": 1e-3, "interval": 2, "max_grad_norm": None
+    }  # fmt: skip
+    return Case(
+        make, options, ("projection", "interval", "is_objective_aware", "max_grad_norm"), **fields
+    )
+
+
 CASES = {f"cage_{order}": cage_case(order) for order in ("fused", "coupled", "post")} | {
     "eco_adam": eco_case("adam"),
     # A step of SGD is as long as its gradient, which on Rosenbrock's function has a curvature of
@@ -89,12 +100,8 @@ CASES = {f"cage_{order}": cage_case(order) for order in ("fused", "coupled", "po
     "quartet": Case(
         quartet, {"recipe": get_recipe("quest_w1a1_no_hadamard"), "weight_decay": 0.0}, ("recipe",)
     ),
-    # At a strength for which the pull does not stop the descent of Rosenbrock's valley.
-    "elsa": Case(
-        elsa,
-        {"projection": tree_onto_quarters, "strength": 1e-3, "interval": 2, "max_grad_norm": None},
-        ("projection", "interval", "is_objective_aware", "max_grad_norm"),
-    ),
+    "elsa": elsa_case(elsa),
+    "elsa_low_precision": elsa_case(elsa_low_precision, update_dtype="float32"),
     # Its updates are float32 on purpose: apply_updates_low_precision adds them, then rounds.
     "adamw_low_precision": Case(
         adamw_low_precision,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import math
 import re
 
 import chex
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.integrate
+import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +28,7 @@ from lowbit_jax.numerics import (
     quantize,
     quantize_values,
 )
+from lowbit_jax.ops.recipes import FP8_WEIGHTS
 from lowbit_jax.optim import (
     EcoState,
     Replacement,
@@ -33,6 +37,7 @@ from lowbit_jax.optim import (
     eco,
     match_paths,
     quantize_leaves,
+    quantize_params,
     scale_by_eco,
 )
 from lowbit_jax.train.checkpoint import restore_latest, save_checkpoint
@@ -385,23 +390,31 @@ FP8 = (
 )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def final_loss(grid, arm, is_stochastic, peak, steps):
-    """Adam on 4,096 noisy quadratics: the mean loss at the end, and the residuals' cosine."""
-    quantizer = grid[is_stochastic]
+ARMS = (("master", False), ("naive", False), ("naive", True), ("eco", False), ("eco", True))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def final_losses(grid, peak, steps):
+    """Adam on 4,096 noisy quadratics, every arm under the same noise and random bits.
+
+    The mean losses at the end, and the mean cosine of consecutive residuals of each ECO arm over
+    the second half of the run.
+    """
     keys = jax.random.split(jax.random.key(0), 5)
     low, high = np.log([0.1, 2.0])
     curvature = jnp.exp(jax.random.uniform(keys[0], (COORDINATES,), minval=low, maxval=high))
     minimum = 0.3 * jax.random.normal(keys[1], (COORDINATES,))
-    start = grid[0](0.3 * jax.random.normal(keys[2], (COORDINATES,)), None)
+    start = grid[False](0.3 * jax.random.normal(keys[2], (COORDINATES,)), None)
 
     def rate(count):
         return peak * (0.55 + 0.45 * jnp.cos(jnp.pi * count / steps))
 
-    if arm == "master":
-        tx = optax.adam(rate, 0.9, 0.95)
-    else:
-        tx = scale_by_eco(quantizer, rate, inject=arm == "eco")
+    def optimizer(arm, is_stochastic):
+        if arm == "master":
+            return optax.adam(rate, 0.9, 0.95)
+        return scale_by_eco(grid[is_stochastic], rate, inject=arm == "eco")
+
+    txs = [optax.with_extra_args_support(optimizer(*arm)) for arm in ARMS]
 
     def residual(before, after, gradient):
         """Of an ECO step, from what it put into the momentum."""
@@ -410,53 +423,69 @@ def final_loss(grid, arm, is_stochastic, peak, steps):
         return injected / (c1 * (jnp.sqrt(after.v / c2) + 1e-8)) * rate(before.count)
 
     def step(t, carry):
-        weight, state, last, cosine = carry
-        at = quantizer(weight, jax.random.fold_in(keys[4], t)) if arm == "master" else weight
         noise = 0.3 * jax.random.normal(jax.random.fold_in(keys[3], t), (COORDINATES,))
-        gradient = curvature * (at - minimum) + noise
-        updates, new_state = tx.update(gradient, state, weight)
-        if arm == "eco":
-            e = residual(state, new_state, gradient)
-            both = jnp.sqrt(jnp.sum(e**2) * jnp.sum(last**2))
-            cosine = cosine + jnp.where(2 * t < steps, 0.0, jnp.sum(e * last) / both * 2 / steps)
-            last = e
-        return weight + updates, new_state, last, cosine
+        key = jax.random.fold_in(keys[4], t)
 
-    carry = (start, tx.init(start), jnp.zeros(COORDINATES), 0.0)
-    weight, _, _, cosine = jax.lax.fori_loop(0, steps, step, carry)
-    if arm == "master":
-        weight = quantizer(weight, keys[4])
-    return jnp.mean(curvature / 2 * (weight - minimum) ** 2), cosine
+        def step_of_arm(tx, arm, weight, state, last, cosine):
+            at = grid[False](weight, None) if arm == "master" else weight
+            gradient = curvature * (at - minimum) + noise
+            updates, new_state = tx.update(gradient, state, weight, key=key)
+            if arm == "eco":
+                e = residual(state, new_state, gradient)
+                both = jnp.sqrt(jnp.sum(e**2) * jnp.sum(last**2))
+                cosine += jnp.where(2 * t < steps, 0.0, jnp.sum(e * last) / both * 2 / steps)
+                last = e
+            return weight + updates, new_state, last, cosine
+
+        return [
+            step_of_arm(tx, arm, *one) for tx, (arm, _), one in zip(txs, ARMS, carry, strict=True)
+        ]
+
+    carry = [(start, tx.init(start), jnp.zeros(COORDINATES), 0.0) for tx in txs]
+    ended = jax.lax.fori_loop(0, steps, step, carry)
+    weights = jnp.stack([weight for weight, *_ in ended])
+    weights = weights.at[0].set(grid[False](weights[0], None))
+    losses = jnp.mean(curvature / 2 * (weights - minimum) ** 2, axis=1)
+    return losses, jnp.stack([cosine for *_, cosine in ended[3:]])
 
 
-ARMS = (("master", 0), ("naive", 0), ("naive", 1), ("eco", 0), ("eco", 1))
 QUADRATIC = [  # master to nearest, then naive and ECO to nearest and stochastically
     ("fixed", FIXED, 1e-2, 2000, (2.2e-4, 5.77e-2, 9.4e-4, 4.2e-4, 2.8e-4)),
     ("fixed", FIXED, 1e-3, 6000, (2.9e-4, 5.77e-2, 9.8e-4, 1.15e-3, 4.2e-4)),
-    ("e4m3", FP8, 1e-2, 2000, (1.6e-4, None, 4.8e-4, 2.8e-4, 1.7e-4)),
+    ("fixed", FIXED, 1e-4, 20000, (2.7e-3, 5.77e-2, 3.8e-3, 8.9e-3, 1.26e-2)),
+    ("e4m3", FP8, 1e-2, 2000, (1.6e-4, 1.1e-2, 4.8e-4, 2.8e-4, 1.7e-4)),
+    ("e4m3", FP8, 1e-3, 6000, (2.1e-4, 2.8e-2, 5.0e-4, 6.1e-4, 2.5e-4)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("grid", "rate", "steps", "expected"),
-    [row[1:] for row in QUADRATIC],
+    ("name", "grid", "rate", "steps", "expected"),
+    QUADRATIC,
     ids=[f"{row[0]}-{row[2]}" for row in QUADRATIC],
 )
-def test_adam_on_a_noisy_quadratic_gives_the_known_table(grid, rate, steps, expected):
-    results = [final_loss(grid, arm, rounding, rate, steps) for arm, rounding in ARMS]
-    losses, cosines = np.array(results).T
-    for loss, value in zip(losses, expected, strict=True):
-        # Statistical: the sum of 4,096 squares has a standard error of 3 % over seeds (up to 8 %
-        # to nearest in E4M3), on both sides; the two digits of the table add 2 %.
-        assert value is None or abs(loss / value - 1) <= 0.25
+def test_adam_on_a_noisy_quadratic_gives_the_known_table(name, grid, rate, steps, expected):
+    losses, cosines = (np.asarray(part, np.float64) for part in final_losses(grid, rate, steps))
+    # Statistical: over 8 seeds the mean of 4,096 squares has a standard deviation of 2 to 4.5 %. To
+    # nearest in E4M3 it has more: which weights stall hangs on the one scale of the row, on where
+    # between two powers of two the abs-max lies. Three times that of the difference of two runs,
+    # ours and the table's, whose digits add 3 %.
+    spreads = np.full(5, 0.04)
+    if name == "e4m3":
+        spreads[[1, 3]] = (0.46, 0.21) if rate == 1e-2 else (0.28, 0.13)
+    assert np.all(np.abs(np.log(losses / expected)) <= 3 * np.sqrt(2) * spreads + 0.03)
     master, naive_nearest, naive, eco_nearest, eco_stochastic = losses
-    assert master < eco_stochastic < eco_nearest < naive_nearest / 20
-    # Three quarters of what stochastic rounding alone loses against master weights come back.
-    assert eco_stochastic - master < 0.25 * (naive - master)
+    if rate == 1e-4:
+        # The second moment moves between writing the residual and reading it, which costs more
+        # than it saves when the steps are this short: ECO does worse than rounding alone.
+        assert master < naive < eco_nearest < eco_stochastic < naive_nearest / 4
+    else:
+        assert master < eco_stochastic < eco_nearest < naive_nearest / 20
+        # Three quarters of what stochastic rounding loses against master weights come back.
+        assert eco_stochastic - master < 0.25 * (naive - master)
     # Why one residual may stand for the next: to nearest they are nearly equal; stochastically,
     # over the second half of the run, uncorrelated up to 1 / sqrt(4096 * 1000) = 5e-4 and drift.
-    assert 0.85 < cosines[3] < 1
-    assert abs(cosines[4]) < 0.01
+    assert 0.85 < cosines[0] < 1
+    assert abs(cosines[1]) < 0.01
 
 
 # --- weights that exist only as codes -----------------------------------------------------------
@@ -556,7 +585,29 @@ def test_without_a_mask_only_codes_live_on_the_grid():
     assert np.any(dequantize(path[-1]["weight"]) != dequantize(path[0]["weight"]))
 
 
-BYTES = {  # scales aside
+SHAPE = (64, 256)
+
+
+def summed_squares(values):
+    return jnp.mean(values["weight"].sum(0) ** 2)
+
+
+def live_bytes_per_param(start, step):
+    """Of the arrays that two steps leave behind; without a float32 scale a row or a counter."""
+    gc.collect()
+    before = jax.live_arrays()  # the list keeps them alive, so that ids stay theirs
+    state = start({"weight": jax.random.normal(jax.random.key(1), SHAPE)})
+    for _ in range(2):
+        state = step(*state)
+    jax.block_until_ready(state)
+    gc.collect()
+    known = {id(array) for array in before}
+    live = [array for array in jax.live_arrays() if id(array) not in known]
+    counted = [array.nbytes for array in live if array.shape not in ((), (SHAPE[0], 1))]
+    return sum(counted) / math.prod(SHAPE)
+
+
+BYTES = {
     "fp8": (FP8_E4M3, jnp.float32, 9.0),
     "fp8 and bfloat16 moments": (FP8_E4M3, jnp.bfloat16, 5.0),
     "int4": (INT4_ROW, jnp.float32, 8.5),
@@ -568,27 +619,47 @@ def test_all_that_lives_after_a_step_is_codes_scales_and_moments(name):
     spec, moment_dtype, bytes_per_param = BYTES[name]
     tx = eco(1e-2, stochastic(spec), moment_dtype=moment_dtype)
 
+    @jax.jit
+    def start(params):
+        params = quantize_leaves(params, spec)
+        return params, tx.init(params)
+
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state):
-        def loss(values):
-            return jnp.mean(values["weight"].sum(0) ** 2)
-
-        gradient = jax.grad(loss)(dequantize_leaves(params))
+        gradient = jax.grad(summed_squares)(dequantize_leaves(params))
         updates, state = tx.update(gradient, state, params)
         return apply_updates_low_precision(params, updates), state
 
-    gc.collect()
-    before = jax.live_arrays()  # the list keeps them alive, so that ids stay theirs
-    params = to_codes({"weight": jax.random.normal(jax.random.key(1), (64, 256))}, spec, None)
-    state = jax.jit(tx.init)(params)
-    for _ in range(2):
-        params, state = step(params, state)
-    jax.block_until_ready((params, state))
-    gc.collect()
-    known = {id(array) for array in before}
-    live = sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
-    step_counter = 4
-    assert live == 64 * 256 * bytes_per_param + 64 * 4 + step_counter  # Exact: a count of bytes.
+    # Exact: a count of bytes.
+    assert live_bytes_per_param(start, step) == bytes_per_param
+
+
+COPIES = {  # what products read, made of the master weights after each step
+    "none": (lambda params: None, 12.0),
+    "fp8": (lambda params: quantize_params(params, FP8_WEIGHTS), 13.0),
+    "bfloat16": (lambda params: jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), 14.0),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_with_master_weights_three_to_five_bytes_more_live(name):
+    copy, bytes_per_param = COPIES[name]
+    tx = BASES["adam"]
+
+    @jax.jit
+    def start(params):
+        return params, tx.init(params), copy(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, state, copied):
+        values = params if copied is None else dequantize_leaves(copied)
+        gradient = jax.grad(summed_squares)(values)
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, copy(params)
+
+    # Exact: a count of bytes. Over the 9 of codes and moments.
+    assert live_bytes_per_param(start, step) == bytes_per_param
 
 
 def jitted_step(tx):
@@ -716,26 +787,42 @@ def test_moments_in_bfloat16_are_unbiased():
 # --- the quantizers' constants ------------------------------------------------------------------
 
 
+def mean_square_of_the_largest(n):
+    """`E max(x**2)` of n Gaussian numbers, by quadrature over the largest magnitude a."""
+
+    def tail(a):
+        return 2 * a * -np.expm1(n * np.log1p(-scipy.special.erfc(a / np.sqrt(2))))
+
+    return scipy.integrate.quad(tail, 0, 10)[0]
+
+
 @pytest.mark.parametrize(
-    ("spec", "expected", "tolerance"),
+    ("spec", "expected", "tolerance", "per_square"),
     [
-        (QuantSpec(E4M3, None), 7.00e-4, 0.005),
-        (stochastic(QuantSpec(E4M3, None)), 1.40e-3, 0.005),
-        (INT4_ROW, 2.47e-2, 0.03),
-        (stochastic(INT4_ROW), 4.95e-2, 0.03),
+        (QuantSpec(E4M3, None), 7.00e-4, 0.005, 0),
+        (stochastic(QuantSpec(E4M3, None)), 1.40e-3, 0.005, 0),
+        (INT4_ROW, 2.47e-2, 0.01, 1 / (12 * 7**2)),
+        (stochastic(INT4_ROW), 4.95e-2, 0.01, 1 / (6 * 7**2)),
     ],
     ids=str,
 )
-def test_relative_squared_error_of_a_gaussian_row_of_4096(spec, expected, tolerance):
+def test_relative_squared_error_of_a_gaussian_row_of_4096(spec, expected, tolerance, per_square):
     @jax.jit
-    def relative_squared_error(key):
-        x = jax.random.normal(key, (512, 4096))
+    def measure(key):
+        x = jax.random.normal(key, (1024, 4096))
         error = quantize_values(x, spec, key=jax.random.key(1))[0] - x
-        return jnp.sum(error**2) / jnp.sum(x**2)
+        return jnp.mean(error**2, axis=1), jnp.max(x**2, axis=1), jnp.mean(x**2, axis=1)
 
-    # Statistical: 512 rows. At 4 bits the abs-max of a row moves its error by 20 %, the mean by
-    # 0.9 %; a float format hardly feels it.
-    assert abs(float(relative_squared_error(jax.random.key(0))) / expected - 1) <= tolerance
+    errors, largest, power = map(np.float64, measure(jax.random.key(0)))
+    # At 4 bits the error of a row goes with the square of its abs-max a, a**2 / 7**2 over 12 or
+    # (stochastically) 6, and a moves it by 20 %. What the rows have of a beyond its expectation is
+    # taken off, which changes no mean; a float format hardly feels a.
+    errors = errors - per_square * (largest - mean_square_of_the_largest(4096))
+    ratio = errors.mean() / power.mean()
+    noise = np.std(errors - ratio * power) / len(power) ** 0.5
+    # Statistical: the tolerance to which they are stated, more than 4 standard errors.
+    assert ratio == pytest.approx(expected, rel=tolerance)
+    assert 4 * noise < tolerance * expected
 
 
 # --- messages -----------------------------------------------------------------------------------

@@ -265,12 +265,23 @@ def test_errors_name_the_leaf(updates, options, message):
 # --- error feedback ------------------------------------------------------------------------------
 
 
+# Half a step over the largest weight, half an ulp or one of 254 steps; and the mean update.
+FED_BACK = {
+    "bfloat16": (2.0**-8, 1e-4), "float8_e4m3fn": (2.0**-4, 2e-3), "float8_e5m2": (2.0**-3, 2e-3),
+    "int8": (1 / 254, 1e-4), "fp8": (2.0**-4, 2e-3),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 def test_error_feedback_follows_the_exact_sum(dtype):
     steps, shape = 500, (4, 64)
-    start = {"b": 1 + 0.1 * normal(shape), "q": normal(shape)}
-    params = {"b": start["b"].astype(jnp.bfloat16), "q": quantize(start["q"], INT8_ROW)}
-    updates = jax.tree.map(lambda _: 1e-4 * (1 + normal((steps, *shape), seed=2)), start)
+    near_one = {name: 1 + 0.1 * normal(shape) for name in FED_BACK if "float" in name}
+    params = {name: w.astype(name) for name, w in near_one.items()} | {
+        "int8": quantize(normal(shape), INT8_ROW),
+        "fp8": quantize(normal(shape), FP8_E4M3),
+    }
+    noise = 1 + normal((steps, *shape), seed=2)
+    updates = {name: mean * noise for name, (_, mean) in FED_BACK.items()}
 
     @jax.jit
     def run(params, updates):
@@ -280,25 +291,26 @@ def test_error_feedback_follows_the_exact_sum(dtype):
 
         return jax.lax.scan(step, (params, init_errors(params, dtype)), updates)[0]
 
-    first = jax.tree.map(np.asarray, dequantize_leaves({"q": params["q"]}))
-    first["b"] = np.asarray(params["b"], np.float64)
+    def values_of(params):
+        return jax.tree.map(lambda p: np.asarray(p, np.float64), dequantize_leaves(params))
+
     ended, errors = run(params, updates)
-    assert errors["b"].dtype == errors["q"].dtype == dtype
-    values = {"b": ended["b"].astype(jnp.float32), "q": dequantize(ended["q"])}
-    for name, value in values.items():
-        exact = first[name].astype(np.float64) + np.asarray(updates[name], np.float64).sum(0)
-        held = np.asarray(value, np.float64) + np.asarray(errors[name], np.float64)
+    assert {error.dtype for error in jax.tree.leaves(errors)} == {np.dtype(dtype)}
+    first, last = values_of(params), values_of(ended)
+    for name, (half_step, mean) in FED_BACK.items():
+        exact = first[name] + np.asarray(updates[name], np.float64).sum(0)
+        held = last[name] + np.asarray(errors[name], np.float64)
         largest = 1.1 * np.abs(exact).max()
-        # Bound: a residual is at most half a step of the weight, 2**-8 of it in bfloat16 and
-        # 1/254 of the abs-max in INT8, and keeps all but 2**-8 of itself in bfloat16; the float32
-        # sums and scales round at most 8 times a step, by 2**-24.
-        half_step = largest * (2.0**-8 if name == "b" else 1 / 254)
+        # Bound: a residual is at most half a step of the weight and keeps all but 2**-8 of itself
+        # in bfloat16; the float32 sums and scales round at most 8 times a step, by 2**-24.
         lost = 2.0**-8 * half_step if dtype == jnp.bfloat16 else 0
-        bound = steps * (lost + 8 * 2.0**-24 * largest)
-        assert np.abs(held - exact).max() <= bound
-        assert np.abs(np.asarray(value) - exact).max() <= bound + half_step
-    lost = scan_updates(params["b"], jnp.full(shape, 1e-4), 2, "nearest") == params["b"]
-    assert jnp.all(lost)  # without feedback each of these updates is lost
+        bound = steps * (lost + 8 * 2.0**-24) * largest
+        assert bound < steps * mean  # it sees whether the updates arrive at all
+        assert np.abs(held - exact).max() <= bound, name
+        assert np.abs(last[name] - exact).max() <= bound + half_step * largest, name
+    for name in near_one:  # without feedback each of these updates is lost
+        small = jnp.full(shape, FED_BACK[name][1])
+        assert jnp.all(scan_updates(params[name], small, 2, "nearest") == params[name])
 
 
 def test_error_feedback_keeps_residuals_only_where_they_are_needed():

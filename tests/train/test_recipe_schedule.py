@@ -18,7 +18,9 @@ from .conftest import train_quietly as train_and_sample
 
 train_quietly = functools.partial(train_and_sample, sample=False)
 
-QUIET = {"cage_total_strength": 0.0}
+# What a rule matches keeps its recipe, here one composed by product, in every phase. It is random.
+RULE = "layers/attention/v_proj/weight", "fp8_weights_sr:dx=nvfp4_nvidia"
+QUIET = {"cage_total_strength": 0.0, "rules": ("=".join(RULE),)}
 # A validation every 6 steps: one comes with the switch.
 SCHEDULE = {"recipe": "int4_weights", "recipe_schedule": ("6:bf16",), **QUIET}
 
@@ -27,7 +29,7 @@ SCHEDULE = {"recipe": "int4_weights", "recipe_schedule": ("6:bf16",), **QUIET}
 def scheduled(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "scheduled"
     summary, said = train_quietly(small_config(**SCHEDULE), run_dir)
-    # It is measured under the last rules, and those quantize nothing.
+    # It is measured under the last rules, and those quantize nothing to nearest.
     assert summary.quantization_error is None
     return run_dir, said
 
@@ -53,8 +55,10 @@ def test_resumes_to_the_same_bits_at_and_after_the_switch(scheduled, tmp_path):
     for step in (6, 14):
         with pytest.raises(Interrupted):
             train_quietly(config, tmp_path / "run", stop_after=step)
-    train_quietly(config, tmp_path / "run")
+    _, said = train_quietly(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", scheduled[0], config)
+    tables, unbroken = (text.partition("; compiling\n")[0] for text in (said, scheduled[1]))
+    assert tables == unbroken  # of paths and of formats, in every phase
 
 
 def test_the_table_shows_every_phase_and_the_log_the_switch(scheduled):
@@ -62,9 +66,11 @@ def test_the_table_shows_every_phase_and_the_log_the_switch(scheduled):
     before, after = said.split("once 6 steps are done:\n")
     assert re.search(r"mlp/down_proj/weight .* int4_weights\n", before)
     assert re.search(r"mlp/down_proj/weight .* bf16\n", after)
+    for phase in (before, after):
+        assert re.search(f"{RULE[0]} .* {RULE[0]} .* {RULE[1]}\n", phase)
     assert re.search(r"int4_weights +y +x: -, w: int4/32 absmax +-\n", after)
     assert re.search(r"int4_weights +dx +g: -, w: int4/32 absmax +-\n", after)
-    assert said.count("step 6: from here on layers/.*_proj/weight=bf16\n") == 1
+    assert said.count(f"step 6: from here on {'='.join(RULE)}, layers/.*_proj/weight=bf16\n") == 1
 
 
 @pytest.mark.parametrize(
