@@ -76,4 +76,4 @@ def pytest_collection_finish(session):
     """Spares the collector of garbage the modules: going through them took a tenth of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(200_000, 20, 50)

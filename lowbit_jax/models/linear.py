@@ -128,9 +128,13 @@ def multiply_all(
 ) -> list[Float[Array, "*batch n"]]:
     """What each layer makes of x, which those of one recipe share once it is quantized.
 
-    Call it within the module that owns the layers, of different names if there are several.
+    Call it within the module that owns the layers, of different names if there are several. While
+    it is initialized nothing is quantized: parameters do not depend on it, and nobody reads the
+    products, of which a quantized one takes several times as long to trace.
     """
     parameters = [layer.parameters(x.shape[-1]) for layer in layers]
+    if layers[0].is_initializing():
+        return [_plain_product(x, *found) for found in parameters]
     names = [layer.name if len(layers) > 1 else "" for layer in layers]
     alike, coded = {}, {}
     for name, layer, (weight, _) in zip(names, layers, parameters, strict=True):
@@ -159,3 +163,8 @@ def multiply_all(
         results[name] if bias is None else results[name] + bias.astype(results[name].dtype)
         for name, bias in zip(names, biases, strict=True)
     ]
+
+
+def _plain_product(x, weight, bias):
+    y = x @ weight.astype(x.dtype).T
+    return y if bias is None else y + bias.astype(x.dtype)

@@ -16,7 +16,7 @@ from lowbit_jax.parallel import on_each
 from lowbit_jax.train.config import Config, RunOptions, UsageError, quantized_weights
 from lowbit_jax.train.gradient_exchange import parse_exchange
 from lowbit_jax.train.memory_plan import MemoryPlan, Planner, planner, show_bytes
-from lowbit_jax.train.offload import OFFLOADABLE, check_quantized_once
+from lowbit_jax.train.offload import NONE, OFFLOADABLE, check_quantized_once
 from lowbit_jax.train.plan_ladder import DoesNotFit, choose_plan, refusal
 from lowbit_jax.train.start import draw_state, place_run
 from lowbit_jax.train.stored_bytes import stored_by_run
@@ -95,10 +95,7 @@ def run_planner(config: Config, options: RunOptions, mesh: Mesh | None) -> Plann
     Raises:
       UsageError: If a recipe refuses the shapes of the model.
     """
-    try:
-        state = jax.eval_shape(lambda key: draw_state(config, key), jax.random.key(0))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    state = jax.eval_shape(lambda key: draw_state(config, key), jax.random.key(0))
     placement = None if mesh is None else place_run(config, mesh, options.zero)
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else dict(mesh.shape)
 
@@ -134,6 +131,11 @@ def run_planner(config: Config, options: RunOptions, mesh: Mesh | None) -> Plann
         found = [planner(recompute, loss_chunks, offload) for planner in planners]
         return max(found, key=lambda one: one.total)
 
+    model = config.model.config
+    try:  # the first that traces products; what it finds is kept for the next
+        plan(model.recompute, model.loss_chunks, NONE)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return plan
 
 

@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import tokenizers
+from flax import traverse_util
 
 from lowbit_jax.models import LlamaConfig
 from lowbit_jax.models.linear import resolve_recipes
@@ -125,11 +127,13 @@ def coded_params(config: Config, state: TrainState) -> dict[str, Any]:
     model = [model for start, model in config.phases if start <= done][-1]
     recipes = resolve_recipes(model.config.recipe_rules, QUANTIZABLE_PATHS)
 
-    params: Any = dequantize_leaves(state.params)
-    layers = {part: dict(value) for part, value in params["layers"].items()}
-    for path, (_, recipe) in recipes.items():
-        _, part, name, _ = path.split("/")
-        stored = state.params["layers"][part][name]["weight"]
+    quantize = jax.jit(quantize_weight, static_argnums=1)
+    flat: dict[str, Any] = traverse_util.flatten_dict(state.params, sep="/")
+    for path, stored in flat.items():
+        if path not in recipes:
+            flat[path] = dequantize_leaves(stored)
+            continue
+        _, recipe = recipes[path]
         of_product = (recipe.y_w, recipe.y_x, recipe.rotation_of("y"))
         if recipe.is_identity and isinstance(stored, QTensor):
             coded = CodedWeight(stored)
@@ -140,10 +144,10 @@ def coded_params(config: Config, state: TrainState) -> dict[str, Any]:
                 " weights."
             )
         else:
-            q = quantize_weight(layers[part][name]["weight"], recipe)
+            q = quantize(dequantize_leaves(stored), recipe)
             coded = CodedWeight(q, None, recipe.rotation_of("y"), recipe.y_x)
-        layers[part][name] = {**layers[part][name], "weight": coded}
-    return {**params, "layers": layers}
+        flat[path] = coded
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def import_pretrained(path: str | os.PathLike, config: Config, run_dir: str | os.PathLike) -> None:

@@ -41,7 +41,7 @@ def place_run(
     """Where everything of a run lies on several devices, or in the host's memory.
 
     Raises:
-      UsageError: If a recipe refuses the shapes of the model, or `offload` what is to be offloaded.
+      UsageError: If the state cannot lie so, or `offload` refuses what is to be offloaded.
     """
     model = config.model.config
     try:

@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from lowbit_jax.decoding.generate import generate
-from lowbit_jax.models import count_params
-from lowbit_jax.train import loop, memory_plan
+from lowbit_jax.models import count_params, llama
+from lowbit_jax.train import loop, memory_plan, planning, start
 from lowbit_jax.train.checkpoint import restore_latest
 from lowbit_jax.train.config import RunIdentity, RunOptions, load_config_file
 from lowbit_jax.train.loop import train
+from lowbit_jax.train.start import draw_state
 from lowbit_jax.train.state import create_state
 from lowbit_jax.train.stored_bytes import Held, Stored
 
@@ -33,7 +34,7 @@ Phase = loop.Phase
 
 @pytest.fixture(autouse=True, scope="module")
 def shared_phases():
-    """Runs of one config share their compiled steps within a file, for tracing is slow.
+    """Runs of one config share what is traced of it within a file: steps, shapes, what draws it.
 
     That another process comes to the same bits is for test_resume.py to show.
     """
@@ -49,8 +50,17 @@ def shared_phases():
             known[key] = Phase(config, start, model, placement)
         return known[key]
 
+    def draw(config, key):
+        of = config.model, config.optimizer, config.store, config.seq_len
+        if of not in known:
+            known[of] = jax.jit(functools.partial(draw_state, config))
+        return known[of](key)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Phase", phase)
+        for module in (start, planning):
+            patch.setattr(module, "draw_state", draw)
+        patch.setattr(llama, "_boxed_shapes", functools.cache(llama._boxed_shapes))
         patch.setattr(memory_plan, "kept_bytes", functools.cache(memory_plan.kept_bytes))
         yield
 

@@ -34,6 +34,15 @@ from .conftest import CONFIG, SMALL, small_config, state_of
 KNOBS = {**SMALL, "seq_len": 16}
 
 
+@jax.jit
+def in_fp8(params):
+    return quantize_leaves(params, FP8_E4M3)
+
+
+def drawn(config):
+    return jax.jit(lambda key: draw_state(config, key))(jax.random.key(5))
+
+
 @pytest.fixture(scope="module")
 def config():
     return small_config()
@@ -43,7 +52,7 @@ def config():
 def run(tmp_path_factory, config):
     """The folder of a run that was saved at step 7, and its state."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    state = draw_state(config, jax.random.key(5))._replace(step=np.int32(7))
+    state = drawn(config)._replace(step=np.int32(7))
     save_checkpoint(folder / "checkpoints", state, {})
     shutil.copy(CONFIG, folder / "config.py")
     (folder / "run.json").write_text(json.dumps({"name": "tiny", "arguments": KNOBS}))
@@ -83,12 +92,12 @@ def test_a_model_of_another_shape_is_no_start(run, tmp_path):
 
 
 def test_codes_are_exported_as_the_weights_that_they_stand_for(config, tmp_path, monkeypatch):
-    state = draw_state(config, jax.random.key(5))
-    state = state._replace(params=quantize_leaves(state.params, FP8_E4M3))
+    state = drawn(config)
+    state = state._replace(params=in_fp8(state.params))
     monkeypatch.setattr(pretrained_runs, "load_run", lambda folder: (config, state))
     export_run("run", tmp_path / "hf")
     loaded = load_pretrained(tmp_path / "hf", "float32")
-    assert_equal(loaded.params, dequantize_leaves(state.params))
+    assert_equal(loaded.params, jax.jit(dequantize_leaves)(state.params))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_a_trained_model_of_codes_predicts_as_the_run_does(
         config.model.config, recipe_rules=llama_rules(get_recipe(recipe)), dtype="float32"
     )
     config = dataclasses.replace(config, model=Llama(shape))
-    state = draw_state(config, jax.random.key(5))
+    state = drawn(config)
     monkeypatch.setattr(pretrained_runs, "load_run", lambda folder: (config, state))
 
     export_run("run", tmp_path / "codes", save_codes=save_quantized)
@@ -130,14 +139,14 @@ def test_a_trained_model_of_codes_predicts_as_the_run_does(
 
 
 def test_weights_that_are_not_quantized_are_no_codes(config, monkeypatch, tmp_path):
-    state = draw_state(config, jax.random.key(5))
+    state = drawn(config)
     plain = dataclasses.replace(
         config, model=Llama(dataclasses.replace(config.model.config, recipe_rules=()))
     )
     with pytest.raises(UsageError, match="must quantize the weights of each"):
         coded_params(plain, state)
     # Codes that are stored are exported as they are.
-    state = state._replace(params=quantize_leaves(state.params, FP8_E4M3))
+    state = state._replace(params=in_fp8(state.params))
     coded = coded_params(plain, state)["layers"]["attention"]["q_proj"]["weight"]
     assert_equal(coded.quantized, state.params["layers"]["attention"]["q_proj"]["weight"])
 
