@@ -95,7 +95,9 @@ class CodedWeight:
 
     def codes(self) -> QTensor:
         """The weights as a `QTensor`, bit for bit the one that was packed."""
-        return self._of_matrices(lambda w: w.quantized if not w.is_packed else unpack(w.quantized))
+        if not self.is_packed:
+            return jax.tree.map(jnp.asarray, self.quantized)
+        return self._of_matrices(lambda w: unpack(w.quantized), one_by_one=True)
 
     def dequantized(self) -> Float[Array, "..."]:
         """W, `(*layers, n, k)` float32, in the original basis: `x W^T` is y, but for rounding.
@@ -119,12 +121,14 @@ class CodedWeight:
         """
         if self.is_packed:
             return self
-        words = self._of_matrices(lambda w: prepack(w.quantized))
+        words = self._of_matrices(lambda w: prepack(w.quantized), one_by_one=True)
         return dataclasses.replace(self, quantized=words)
 
-    def _of_matrices(self, of_matrix):
+    def _of_matrices(self, of_matrix, *, one_by_one=False):
+        """The results for the matrices of a stack, stacked; `one_by_one` in the memory of one."""
         for _ in self.shape[:-2]:
-            of_matrix = jax.vmap(of_matrix)
+            one = of_matrix
+            of_matrix = functools.partial(jax.lax.map, one) if one_by_one else jax.vmap(one)
         return of_matrix(jax.tree.map(jnp.asarray, self))
 
 
@@ -149,7 +153,7 @@ def map_coded(fn, params: PyTree) -> PyTree:
 def pack_weights(params: PyTree) -> PyTree:
     """The parameters with all codes in the order of the kernel, for generation: see `packed`.
 
-    Layer by layer it needs no more memory than one weight twice; other products unpack the codes.
+    Matrix by matrix: beside `params` and the result one byte for each entry of one matrix, as
+    compiled for a CPU. Products that the kernel does not compute unpack the codes.
     """
-    pack = jax.jit(CodedWeight.packed)
-    return map_coded(pack, params)
+    return map_coded(jax.jit(CodedWeight.packed), params)

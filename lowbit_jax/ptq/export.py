@@ -10,6 +10,7 @@ back the very `CodedWeight`s.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -116,6 +117,7 @@ def save_quantized(
             tensor = f"{names[name].format(layer).removesuffix('.weight')}.{part}"
             entries[tensor], places[tensor] = entry, (name, layer, part)
 
+    @functools.lru_cache(maxsize=1)  # a matrix's codes and scales, as wide, are written in a row
     def parts_of(name: str, layer: int) -> dict[str, np.ndarray]:
         one = _layer(coded[name], layer)
         if not is_finite(one.quantized):
@@ -222,7 +224,7 @@ def shares_global_scales(params: Mapping[str, Any]) -> bool:
         coded = flat[path]
         if coded.spec.scale not in E4M3_RULES:
             continue
-        scales = [np.asarray(_unpacked(flat[p]).quantized.global_scale) for p in fused_with(path)]
+        scales = [np.asarray(flat[p].quantized.global_scale) for p in fused_with(path)]
         if any(not np.array_equal(scales[0], other) for other in scales):
             return False
     return True

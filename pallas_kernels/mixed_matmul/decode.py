@@ -35,17 +35,15 @@ _E2M1 = 0x81C0 * _BOTH
 
 def e2m1_words(codes: UInt32[Array, "*shape 4 2"]) -> UInt32[Array, "*shape"]:
     """Words of e2m1 codes `(pair, half)`; see `e2m1_pairs`."""
-    sign, magnitude = codes >> 3, codes & 7
-    fields = [
-        magnitude[..., 0, :] << 6 | sign[..., 0, :] << 15,
-        magnitude[..., 1, :] << 3 | sign[..., 1, :] << 12,
-        magnitude[..., 2, :] | sign[..., 2, :] << 9,
+    # Each code is cut out before its bits are moved: no array of all signs is stored on the way.
+    first, second, third, fourth = (codes[..., pair, :] for pair in range(4))
+    half = (
+        ((first & 7) << 6 | first >> 3 << 15)
+        | ((second & 7) << 3 | second >> 3 << 12)
+        | (third & 7 | third >> 3 << 9)
         # What is left: bits 14, 13, 11 and 10.
-        sign[..., 3, :] << 14
-        | (magnitude[..., 3, :] >> 2) << 13
-        | (magnitude[..., 3, :] & 3) << 10,
-    ]
-    half = fields[0] | fields[1] | fields[2] | fields[3]
+        | (fourth >> 3 << 14 | (fourth >> 2 & 1) << 13 | (fourth & 3) << 10)
+    )
     return half[..., 0] | half[..., 1] << 16
 
 
@@ -80,12 +78,14 @@ def integer_pairs(words: UInt32[Array, "*shape"], *, step: int) -> list[UInt32[A
     return pairs
 
 
-def codes_of_pairs(pairs: list[UInt32[Array, "*shape"]], kind: str) -> UInt32[Array, "*shape 4 2"]:
+def codes_of_pairs(pairs: list[UInt32[Array, "*shape"]], kind: str) -> UInt8[Array, "*shape 4 2"]:
     """The codes that `e2m1_pairs` (kind "e2m1") or `integer_pairs` with step 1 made pairs of."""
-    halves = jnp.stack([jnp.stack([p & 0xFFFF, p >> 16], axis=-1) for p in pairs], axis=-2)
-    if kind == "e2m1":
-        return halves >> 12 & 8 | halves >> 6 & 7
-    return halves & 0xF
+
+    def codes(halves):
+        found = halves >> 12 & 8 | halves >> 6 & 7 if kind == "e2m1" else halves & 0xF
+        return found.astype(jnp.uint8)  # before they are stacked: bytes are stored, not words
+
+    return jnp.stack([jnp.stack([codes(p), codes(p >> 16)], axis=-1) for p in pairs], axis=-2)
 
 
 def e8m0_pairs(words: UInt32[Array, "*shape"], index: int) -> UInt32[Array, "*shape"]:

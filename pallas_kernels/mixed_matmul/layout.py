@@ -252,8 +252,7 @@ def _pack_words(codes: UInt8[Array, "n k"], kind: str) -> UInt32[Array, "n_tiles
 def _unpack_words(words: UInt32[Array, "n_tiles k_tiles 512"], kind: str) -> UInt8[Array, "n k"]:
     n_tiles, k_tiles, _ = words.shape
     pairs = decode.e2m1_pairs(words) if kind == "e2m1" else decode.integer_pairs(words, step=1)
-    codes = decode.codes_of_pairs(pairs, kind).astype(jnp.uint8)
-    return from_thread_order(codes, n_tiles, k_tiles)
+    return from_thread_order(decode.codes_of_pairs(pairs, kind), n_tiles, k_tiles)
 
 
 def from_thread_order(

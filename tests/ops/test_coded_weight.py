@@ -44,6 +44,16 @@ def test_a_stack_stands_for_its_matrices_packed_and_not(spec):
     assert stack.nbytes <= packed.nbytes <= stack.nbytes + 2 * 64 * 2
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="as compiled for a CPU")
+def test_a_stack_is_packed_and_unpacked_in_the_memory_of_one_matrix():
+    pack, unpack = jax.jit(CodedWeight.packed), jax.jit(CodedWeight.codes)
+    stack = jax.eval_shape(lambda: CodedWeight(quantize_matrices(jnp.zeros((4, 256, 512)), MXFP4)))
+    for convert, given in ((pack, stack), (unpack, jax.eval_shape(pack, stack))):
+        # Bound: a byte for each code of one matrix, and less than that again for its scales.
+        memory = convert.lower(given).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 2 * 256 * 512
+
+
 def test_the_original_basis_is_that_of_inputs_before_the_transform():
     x = jax.random.normal(jax.random.key(2), (3, 128))
     q = quantized(W, MXFP4)

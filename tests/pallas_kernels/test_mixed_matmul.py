@@ -67,6 +67,7 @@ mosaic = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosaic_obs
 NON_FINITE_ROWS = [11, 12]
 
 quantize_jit = jax.jit(quantize, static_argnums=1)
+dequantize_jit, prepack_jit = jax.jit(dequantize), jax.jit(prepack)
 reference_jit = jax.jit(mixed_matmul_reference, static_argnames="out_dtype")
 
 
@@ -105,7 +106,7 @@ def normal_operands(spec, m, n, k, seed):
 
 def exact_product(x, q):
     """In float64, and the sum of the magnitudes of its terms."""
-    w = np.asarray(dequantize(dataclasses.replace(q, global_scale=None)), np.float64)
+    w = np.asarray(dequantize_jit(dataclasses.replace(q, global_scale=None)), np.float64)
     x = np.asarray(x, np.float64)
     factor = 1.0 if q.global_scale is None else float(q.global_scale)
     return x @ w.T * factor, np.abs(x) @ np.abs(w).T * factor
@@ -205,12 +206,12 @@ def test_registers_hold_what_wgmma_reads_from_them():
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_decoded_tiles_times_their_factors_are_the_weights(spec, weights):
     q = quantize_jit(weights, spec)
-    expected = np.array(dequantize(q))
+    expected = np.array(dequantize_jit(q))
     if spec in (MXFP4, MXFP4_FITTED):  # a NaN there spreads along the row, as it does in a product
         expected[NON_FINITE_ROWS] = np.nan
     # Exact: decoded numbers are, products by powers of two are, and of the others each weight sees
     # one alone, or two in the order of `dequantize`.
-    np.testing.assert_array_equal(decoded(prepack(q)), expected)
+    np.testing.assert_array_equal(decoded(prepack_jit(q)), expected)
 
 
 @jax.jit
@@ -253,7 +254,7 @@ def test_reference_is_the_product_of_dequantized_weights(spec):
 )
 def test_kernel_equals_reference_on_dyadic_data(spec, m, config):
     x, q = dyadic_operands(spec, m, 128, 512, seed=1)
-    found = run_interpreted(interpreted(jnp.float32, config), x, prepack(q))
+    found = run_interpreted(interpreted(jnp.float32, config), x, prepack_jit(q))
     assert_bitwise_equal(found, reference_jit(x, q, out_dtype=jnp.float32))
 
 
@@ -261,7 +262,7 @@ def test_kernel_equals_reference_on_dyadic_data(spec, m, config):
 @pytest.mark.parametrize("spec", [NVFP4, INT4], ids=str)
 def test_kernel_is_within_the_rounding_of_float32_sums(spec):
     x, q = normal_operands(spec, 4, 64, 512, seed=2)
-    found = run_interpreted(interpreted(jnp.float32, Config(1, 2, 128)), x, prepack(q))
+    found = run_interpreted(interpreted(jnp.float32, Config(1, 2, 128)), x, prepack_jit(q))
     assert_within_rounding(found, x, q)
 
 
@@ -271,11 +272,11 @@ def test_zeros_outliers_and_non_finite_numbers_are_those_of_the_reference():
     # Powers of two: an outlier of 2**40, 2**50 times what else is in its row, a zero row, a zero
     # block, a NaN and an infinite block, NaN and infinity in x. Sums with the outlier are inexact.
     x, q = dyadic_operands(MXFP4, 8, 64, 512, seed=3)
-    w = dequantize(q).at[0].set(0).at[1, 32:64].set(0).at[2, 3].set(2.0**40)
-    w = w.at[3, 70].set(jnp.nan).at[4, 130].set(jnp.inf)
-    q = quantize_jit(w, MXFP4)
-    x = x.at[5, 100].set(jnp.nan).at[6, 200].set(jnp.inf)
-    found = run_interpreted(interpreted(jnp.bfloat16, Config(1, 2, 256)), x, prepack(q))
+    w, x = np.array(dequantize_jit(q)), np.array(x)
+    w[0], w[1, 32:64], w[2, 3], w[3, 70], w[4, 130] = 0, 0, 2.0**40, np.nan, np.inf
+    x[5, 100], x[6, 200] = np.nan, np.inf
+    x, q = jnp.asarray(x), quantize_jit(jnp.asarray(w), MXFP4)
+    found = run_interpreted(interpreted(jnp.bfloat16, Config(1, 2, 256)), x, prepack_jit(q))
     found, expected = (np.asarray(a, np.float32) for a in (found, reference_jit(x, q)))
     exact = np.arange(64) != 2
     np.testing.assert_array_equal(found[:, exact], expected[:, exact])

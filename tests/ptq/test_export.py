@@ -27,7 +27,13 @@ from lowbit_jax.ptq.quantized_directory import (
 from lowbit_jax.rotations import Hadamard
 from lowbit_jax.rotations.wush import BlockTransform
 
-VALUES = jax.jit(dequantize_matrices)
+
+@jax.jit
+def values(coded):
+    """The numbers that the codes of each matrix stand for."""
+    return {path: dequantize_matrices(weight.quantized) for path, weight in coded.items()}
+
+
 MODEL = Llama(
     LlamaConfig(
         vocab_size=40, d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=96, dtype="float32"
@@ -68,8 +74,9 @@ def params():
 def coded_by(spec, params, **fields):
     """The parameters with codes in place of matrices."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    solve = jax.jit(lambda w: quantize_matrices(w, spec))
-    coded = {path: CodedWeight(solve(flat[path]), **fields) for path in QUANTIZABLE_PATHS}
+    solve = jax.jit(lambda matrices: {k: quantize_matrices(w, spec) for k, w in matrices.items()})
+    codes = solve({path: flat[path] for path in QUANTIZABLE_PATHS})
+    coded = {path: CodedWeight(q, **fields) for path, q in codes.items()}
     return traverse_util.unflatten_dict(flat | coded, sep="/")
 
 
@@ -117,8 +124,7 @@ def test_codes_come_back_bit_by_bit(case, params):
             expected = dataclasses.replace(expected, quantized=q)
         assert_same(flat[key], expected)
     floats = matrices(load_quantized(path, "float32", dequantizes=True).params)
-    for key, weight in floats.items():
-        np.testing.assert_array_equal(weight, VALUES(flat[key].quantized))
+    assert_same(floats, jax.device_get(values({key: flat[key] for key in floats})))
 
 
 def test_what_others_wrote_is_read_without_our_note(case, tmp_path):
@@ -129,10 +135,10 @@ def test_what_others_wrote_is_read_without_our_note(case, tmp_path):
     del record["quantization_config"]["lowbit_jax"]
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "model.safetensors").symlink_to(path / "model.safetensors")
-    with_note = matrices(load_quantized(path, on_host=True).params)
-    for key, weight in matrices(load_quantized(tmp_path, on_host=True).params).items():
-        expected = VALUES(with_note[key].quantized)
-        np.testing.assert_array_equal(VALUES(weight.quantized), expected)
+    with_note, without = (
+        values(matrices(load_quantized(p, on_host=True).params)) for p in (path, tmp_path)
+    )
+    assert_same(without, with_note)
 
 
 def test_the_bits_on_disk_are_those_that_were_claimed(case):
