@@ -19,7 +19,7 @@ from lowbit_jax.data.tokenizers import BPETokenizer
 from lowbit_jax.models import Llama
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
-from lowbit_jax.ptq.finished import copy_reports, is_finished_but_for_reports
+from lowbit_jax.ptq.finished import finish_reports, is_written
 from lowbit_jax.ptq.sparse_methods import (
     Callbacks,
     OneShot,
@@ -130,7 +130,7 @@ def main(
             "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
             "tokenizer": tokenizer, "dtype": dtype, "recompute": recompute,
         }  # fmt: skip
-        if is_finished_but_for_reports(out, kept, arguments):
+        if is_written(out, kept, arguments):
             return finish(out, kept, removes=work is None)
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
@@ -199,7 +199,7 @@ def progress(bar: Progress, how: SparseMethod, blocks: int) -> Callbacks:
 
 
 def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
-    copy_reports(kept, out, removes=removes)
+    finish_reports(kept, out, removes=removes)
     print((out / "report.txt").read_text(), end="")
     print(f"wrote {out}")
     return 0

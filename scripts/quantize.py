@@ -20,7 +20,7 @@ from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ptq.calibrate import compress_blocks
 from lowbit_jax.ptq.export import input_absmax, save_quantized
-from lowbit_jax.ptq.finished import copy_reports, is_finished_but_for_reports
+from lowbit_jax.ptq.finished import finish_reports, is_written
 from lowbit_jax.ptq.methods import (
     Method,
     Solver,
@@ -102,7 +102,7 @@ def main(
             "calibration_tokens": calibration_tokens, "seed": seed, "tokenizer": tokenizer,
             "dtype": dtype, "rest_dtype": rest_dtype,
         }  # fmt: skip
-        if is_finished_but_for_reports(out, kept, arguments):
+        if is_written(out, kept, arguments):
             return finish(out, kept, removes=work is None)
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
@@ -148,7 +148,7 @@ def main(
 
 
 def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
-    copy_reports(kept, out, removes=removes)
+    finish_reports(kept, out, removes=removes)
     print((out / "report.txt").read_text(), end="")
     print(f"wrote {out}" + (f": {describe_directory(out)}" if is_quantized_directory(out) else ""))
     return 0

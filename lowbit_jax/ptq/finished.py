@@ -10,10 +10,11 @@ from lowbit_jax.files import write_atomically
 from lowbit_jax.ptq.report import REPORTS
 
 
-def is_finished_but_for_reports(
-    out: pathlib.Path, kept: pathlib.Path, arguments: Mapping[str, Any]
-) -> bool:
+def is_written(out: pathlib.Path, kept: pathlib.Path, arguments: Mapping[str, Any]) -> bool:
     """Whether this very command was stopped after it wrote the model, which takes one move.
+
+    What is left to do is `finish_reports`: some reports are not copied yet, or `kept` is still
+    there, or a part of it.
 
     Args:
       out: Directory of the model.
@@ -21,16 +22,23 @@ def is_finished_but_for_reports(
       arguments: All that the model depends on and the absolute path of `out`, plain data for JSON:
         compared with the settings in report.json, which may say more.
     """
-    is_written = (out / "config.json").exists() and not (out / REPORTS[-1]).exists()
-    if not is_written or not all((kept / name).exists() for name in REPORTS):
+    if not (out / "config.json").exists() or not kept.exists():
         return False
-    settings = json.loads((kept / REPORTS[0]).read_text())["settings"]
+    if not all((kept / name).exists() or (out / name).exists() for name in REPORTS):
+        return False
+    path = kept / REPORTS[0]
+    try:
+        record = json.loads((path if path.exists() else out / REPORTS[0]).read_text())
+    except ValueError:  # a file of somebody else
+        return False
+    settings = record.get("settings", {}) if isinstance(record, dict) else {}
     return json.loads(json.dumps(dict(arguments))).items() <= settings.items()
 
 
-def copy_reports(kept: pathlib.Path, out: pathlib.Path, *, removes: bool) -> None:
-    """Copies the reports, each whole or not at all, and then may remove the folder `kept`."""
+def finish_reports(kept: pathlib.Path, out: pathlib.Path, *, removes: bool) -> None:
+    """Copies the reports that are missing, each whole or not at all, and then may remove `kept`."""
     for name in REPORTS:
-        write_atomically(out / name, (kept / name).read_bytes())
+        if not (out / name).exists():
+            write_atomically(out / name, (kept / name).read_bytes())
     if removes:
         shutil.rmtree(kept)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from jaxtyping import PyTree
 
 from lowbit_jax.models.llama import QUANTIZABLE_PATHS
@@ -17,12 +18,10 @@ from lowbit_jax.sparsity import NM, Pattern
 
 def sparsity_of(params: PyTree) -> dict[str, np.ndarray]:
     """Fraction of exact zeros of each of the seven matrices, by path: `(layers,)` float64."""
-    found = {}
-    for path in QUANTIZABLE_PATHS:
-        _, part, name, _ = path.split("/")
-        w = np.asarray(params["layers"][part][name]["weight"])
-        found[f"{part}/{name}"] = np.mean(w == 0, axis=(1, 2), dtype=np.float64)
-    return found
+    return {
+        path: np.mean(np.asarray(w) == 0, axis=(1, 2), dtype=np.float64)
+        for path, w in _matrices(params).items()
+    }
 
 
 def breaks_pattern(params: PyTree, pattern: Pattern) -> int:
@@ -30,9 +29,8 @@ def breaks_pattern(params: PyTree, pattern: Pattern) -> int:
     if not isinstance(pattern, NM):
         return 0
     count = 0
-    for path in QUANTIZABLE_PATHS:
-        _, part, name, _ = path.split("/")
-        w = np.asarray(params["layers"][part][name]["weight"])
+    for matrix in _matrices(params).values():
+        w = np.asarray(matrix)
         kept = np.count_nonzero(w.reshape(*w.shape[:-1], -1, pattern.m), axis=-1)
         count += int(np.sum(kept > pattern.n))
     return count
@@ -45,8 +43,7 @@ def sparsity_table(params: PyTree) -> str:
     lines = ["layer  " + "".join(f"{name:>10}" for name in names)]
     for layer, row in enumerate(np.stack(list(found.values()), axis=1)):
         lines.append(f"{layer:>5}  " + "".join(f"{100 * share:>10.3f}" for share in row))
-    layers = params["layers"]
-    sizes = [np.prod(layers[p.split("/")[0]][p.split("/")[1]]["weight"].shape) for p in found]
+    sizes = [w.size for w in _matrices(params).values()]
     total = np.average([share.mean() for share in found.values()], weights=sizes)
     lines.append(f"zeros of each matrix, %; of all of them {100 * total:.4f}")
     return "\n".join(lines)
@@ -98,6 +95,15 @@ def save_sparse_report(
     _plot(folder / REPORTS[1], pruned)
     (folder / REPORTS[0]).write_text(json.dumps(record, indent=1) + "\n")
     (folder / REPORTS[2]).write_text("\n\n".join(parts) + "\n")
+
+
+def _matrices(params: PyTree) -> dict[str, Any]:
+    """The seven weights, stacked over layers, by "part/name"."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(params), sep="/")
+    return {
+        path.removeprefix("layers/").removesuffix("/weight"): flat[path]
+        for path in QUANTIZABLE_PATHS
+    }
 
 
 def _plot(path: pathlib.Path, pruned: Pruned) -> None:

@@ -1,6 +1,5 @@
 """Numbers that say why a matrix was hard to quantize: outliers, scales, codes at the limits."""
 
-import functools
 from typing import Any
 
 import jax
@@ -86,7 +85,7 @@ def _input_statistics(matrix, absmax):
     }
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _code_statistics(q):
     format = q.spec.format
     if format.bits < 8:

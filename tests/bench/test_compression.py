@@ -422,6 +422,26 @@ def test_a_trained_row_chooses_its_rate_without_the_evaluation(subject, seen):
     assert set(map(bytes, calibration)) <= parts["training"]
 
 
+def test_a_row_of_elsa_trains_the_dense_model_to_the_pattern(subject, seen):
+    training = {"75%": {"steps": 4, "interval": 2, "learning_rates": (1e-3,)}}
+    (row,) = sparsity_rows("t.py", ("75%",), methods=("elsa",), training=training)
+    found = measure(subject, row)
+    assert "prune_model" not in seen  # no mask is found beforehand
+    dtype, before, method, options, (pruned, *_) = seen["search_learning_rates"]
+    assert (dtype, method.solver, method.interval) == ("bfloat16", "elsa", 2)
+    assert (up_proj(before) != 0).all()
+    assert [row.step for row in pruned.records] == [2, 4]
+    for path, w in ((p, pruned.params["layers"][p]) for p in ("attention", "mlp")):
+        for name, matrix in w.items():
+            assert np.mean(matrix["weight"] == 0) == 0.75, (path, name)
+    result = perplexity(subject.model, pruned.params, subject.evaluation, window=32)
+    # Exact: the same weights, in the same program, of the table's dtype and not that of training.
+    assert found["validation_loss"] == result.loss
+    assert (found["learning_rate"], found["layer_error"]) == (1e-3, None)
+    assert found["losses_held_out"].keys() == {"0.001"}
+    assert not spans(options["batches"].tokens) & spans(subject.evaluation)
+
+
 # -- BERT
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from flax import linen as nn
 
 from lowbit_jax.models import Llama, LlamaConfig
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
+from lowbit_jax.ptq import finished
 
 ROOT = pathlib.Path(__file__).parents[2]
 WINDOWS = {"tokenizer": "bytes", "samples": 4, "length": 32, "batch_size": 2}
@@ -114,6 +116,32 @@ def test_reports_are_whole_or_not_there(folder, tmp_path, capsys, monkeypatch):
     assert {path.name for path in out.iterdir()} == before
     assert prune(folder / "model", out, "magnitude", **arguments) == 0
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("removed", ["", "report.json"])
+def test_a_kill_while_the_work_is_removed_is_made_up_for(
+    folder, tmp_path, capsys, monkeypatch, removed
+):
+    out = tmp_path / "out"
+    arguments = {"model": folder / "model", "out": out, "method": "magnitude"}
+
+    def be_killed(work):
+        if removed:
+            (work / removed).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finished, "shutil", types.SimpleNamespace(rmtree=be_killed))
+        with pytest.raises(KeyboardInterrupt):
+            prune(**arguments, sparsity=0.5)
+    assert (tmp_path / "out.work").exists()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert prune(**arguments, sparsity=0.6) == 2
+    assert "must not exist yet" in capsys.readouterr().err
+    assert prune(**arguments, sparsity=0.5) == 0
+    assert "of all of them 50.0000" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_a_rate_that_diverges_is_reported_and_the_other_written(folder, tmp_path, capsys):

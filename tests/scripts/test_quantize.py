@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -90,6 +91,12 @@ def test_a_command_that_was_wrong_or_killed_is_given_once_more(folder, tmp_path,
     assert (out / "report.png").exists()
     assert script("evaluate")(out, arguments["text"], rotation=32, **SHORT) == 2
     assert "--rotation: a directory of codes has its own" in capsys.readouterr().err
+    # And as a kill after the reports would.
+    work.mkdir()
+    shutil.copy(out / "report.json", work)
+    assert quantize(folder / "model", out, "int4", block_size=32, **arguments) == 0
+    assert capsys.readouterr().out == whole
+    assert not work.exists()
     # With other arguments it is another model.
     work.mkdir()
     for name in ("report.json", "report.png", "report.txt"):
