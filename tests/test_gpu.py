@@ -173,7 +173,9 @@ def test_fifty_steps_through_the_kernels_lose_what_the_reference_loses(monkeypat
         tokens[:, :, t + 1] = np.where(is_next, successor[tokens[:, :, t]], tokens[:, :, t + 1])
 
     rules = llama_rules(recipes.RECIPES["quartet_rtn"])
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    # Without a warm-up Adam's first updates throw the losses about, and chance decides how far.
+    learning_rate = optax.schedules.linear_schedule(0.0, 1e-3, 20)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate))
 
     def compiled(implementation):
         """Fifty steps by it, as a function of what the first weights are multiplied by: 1 +- it."""
@@ -183,11 +185,10 @@ def test_fifty_steps_through_the_kernels_lose_what_the_reference_loses(monkeypat
         first = jax.jit(model.init)(jax.random.key(0), tokens[0, :1, :-1])
         step = make_train_step(model, tx, StepPlan(needs_key=True))
 
-        def losses(noise=0.0):
+        def losses(noise=0.0, seed=0):
+            key = jax.random.key(seed)
             params = jax.tree.map(
-                lambda w: (
-                    w * (1 + noise * jax.random.rademacher(jax.random.key(1), w.shape, w.dtype))
-                ),
+                lambda w: w * (1 + noise * jax.random.rademacher(key, w.shape, w.dtype)),
                 nn.meta.unbox(first)["params"],
             )
             state, found = create_state(params, tx), []
@@ -201,7 +202,7 @@ def test_fifty_steps_through_the_kernels_lose_what_the_reference_loses(monkeypat
     by_reference, by_kernels = compiled("dequantize"), compiled("hopper")
     reference = by_reference()
     # What a last bit of the weights comes to, by codes that turn and by chance.
-    chance = np.abs(by_reference(noise=2**-22) - reference)
+    chance = np.max([np.abs(by_reference(2**-22, seed) - reference) for seed in range(3)], axis=0)
     exact = by_kernels()
     difference = np.abs(exact - reference)
     assert reference[-1] < reference[0] - 1

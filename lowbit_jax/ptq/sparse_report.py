@@ -19,7 +19,7 @@ from lowbit_jax.sparsity import NM, Pattern
 def sparsity_of(params: PyTree) -> dict[str, np.ndarray]:
     """Fraction of exact zeros of each of the seven matrices, by path: `(layers,)` float64."""
     return {
-        path: np.mean(np.asarray(w) == 0, axis=(1, 2), dtype=np.float64)
+        path: np.asarray(np.mean(np.asarray(w) == 0, axis=(1, 2), dtype=np.float64))
         for path, w in _matrices(params).items()
     }
 
