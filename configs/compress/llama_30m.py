@@ -5,8 +5,8 @@ configs/llama.py on the same text, so that calibration and training windows come
 pieces and the evaluation from its validation pieces.
 
   python scripts/pretrain.py configs/llama.py --size 30m --recipe bf16 --data prepared
-      --run-dir runs/llama_30m_bf16
-  python scripts/export_hf.py runs/llama_30m_bf16 --out models/llama_30m
+      --tokens 120e6 --run-dir runs/llama_30m_bf16
+  python scripts/export_hf.py runs/llama_30m_bf16 --out models/llama_30m --dtype bfloat16
   python scripts/compress_sweep.py configs/compress/llama_30m.py --model models/llama_30m
       --text debian-docs.txt.xz --out docs/results/compression_llama_30m
 """
