@@ -38,7 +38,8 @@ def main(
     that cannot run on this machine are skipped and say why.
 
     Args:
-      only: Groups: product, quantizer, layer, decode, step (step_7b, step_800m); none: all.
+      only: Groups: product, quantizer, producer, layer, decode, step (step_7b, step_800m); none:
+        all.
       tiny: Small shapes, to see whether everything works.
       out: Folder of bench.json, bench.md and bench.png. Rows of groups that are not measured now
         stay.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lowbit_jax.bench import layer, step
+from lowbit_jax.bench import layer, producer, step
 from lowbit_jax.models import LlamaConfig, llama_config
 from pallas_kernels.measure import Comparison
 from pallas_kernels.mixed_matmul import bench as mixed_matmul
@@ -23,6 +23,13 @@ def quantizer(tiny: bool) -> list[Comparison]:
     """Both operands of a matrix in one pass beside a copy."""
     shape = (_TINY_TOKENS, 128) if tiny else (_TOKENS, 4096)
     return [rotate_quantize.comparison(shape, rotate_quantize.OF_QUARTET)]
+
+
+def made_and_quantized(tiny: bool) -> list[Comparison]:
+    """RMSNorm and SwiGLU of a 7B's widths before the quantizer."""
+    if tiny:
+        return [producer.norm(_TINY_TOKENS, 128), producer.gated(_TINY_TOKENS, 128)]
+    return [producer.norm(_TOKENS, 4096), producer.gated(_TOKENS, 14336)]
 
 
 def linear(tiny: bool) -> list[Comparison]:
@@ -56,6 +63,7 @@ def step_7b(tiny: bool) -> list[Comparison]:
 GROUPS: dict[str, Callable[[bool], list[Comparison]]] = {
     "product": product,
     "quantizer": quantizer,
+    "producer": made_and_quantized,
     "layer": linear,
     "decode": decode,
     "step_7b": step_7b,
