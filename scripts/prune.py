@@ -26,7 +26,8 @@ from lowbit_jax.ptq.sparse_methods import (
     SparseMethod,
     Trained,
     prune_model,
-    search_learning_rates,
+    search_training,
+    training_grid,
 )
 from lowbit_jax.ptq.sparse_report import save_sparse_report
 from lowbit_jax.ptq.texts import calibration_batches, read_tokens, tokenizer_of
@@ -50,7 +51,7 @@ def main(
     mask: OneShot = "magnitude",
     steps: int = 4096,
     learning_rates: tuple[float, ...] = (2e-4,),
-    strength: float = 0.01,
+    strengths: tuple[float, ...] = (0.01,),
     final_strength: float | None = None,
     interval: int = 32,
     objective_aware: bool = True,
@@ -93,8 +94,8 @@ def main(
       steps: Of the training.
       learning_rates: Of the training, at its first step; they fall linearly to 0. Of several all
         are tried; that of least loss on the last 64 windows of the text, held out, is written.
-      strength: Of elsa's pull to the pattern, lam. Less of it, and a larger learning rate, for more
-        zeros.
+      strengths: Of elsa's pull to the pattern, lam. Less of it, and a larger learning rate, for
+        more zeros. Of several each is tried at each learning rate.
       final_strength: Where it is to go along a cosine; None: it stays.
       interval: Steps between elsa's projections.
       objective_aware: Whether they weigh weights with Adam's second moments.
@@ -116,19 +117,20 @@ def main(
         presets = {name.lower(): spec for name, spec in PRESETS.items() if not spec.needs_key}
         if format is not None and format not in presets:
             raise ValueError(f"--format: must be one of {', '.join(presets)}, got {format!r}.")
-        if not learning_rates:
-            raise ValueError("--learning-rates: needs at least one.")
+        if not learning_rates or not strengths:
+            raise ValueError("--learning-rates and --strengths: need at least one.")
         how = SparseMethod(
             method, parse_pattern(sparsity, pattern), per=per, budget=budget, damping=damping,
             spec=None if format is None else presets[format], mask_solver=mask, steps=steps,
-            learning_rate=learning_rates[0], strength=strength, final_strength=final_strength,
+            learning_rate=learning_rates[0], strength=strengths[0], final_strength=final_strength,
             interval=interval, is_objective_aware=objective_aware,
         )  # fmt: skip
         arguments = {
             "model": str(model), "out": str(out.absolute()), "method": repr(how),
-            "learning_rates": learning_rates, "text": text, "samples": samples, "length": length,
-            "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed,
-            "tokenizer": tokenizer, "dtype": dtype, "recompute": recompute,
+            "learning_rates": learning_rates, "strengths": strengths, "text": text,
+            "samples": samples, "length": length, "batch_size": batch_size,
+            "max_tokens": max_tokens, "seed": seed, "tokenizer": tokenizer, "dtype": dtype,
+            "recompute": recompute,
         }  # fmt: skip
         if is_written(out, kept, arguments):
             return finish(out, kept, removes=work is None)
@@ -159,17 +161,18 @@ def main(
                 "keep_every_s": keep_every_s,
             }  # fmt: skip
             losses = {}
-            if how.is_trained or len(learning_rates) > 1:
-                pruned, how, losses = search_learning_rates(
-                    llama, loaded.params, how, learning_rates, validation=validation, **options
-                )
+            if how.is_trained or len(learning_rates) * len(strengths) > 1:
+                pruned, how, losses = search_training(
+                    llama, loaded.params, training_grid(how, learning_rates, strengths),
+                    validation=validation, **options,
+                )  # fmt: skip
             else:
                 pruned = prune_model(llama, loaded.params, how, **options)
         settings = {**arguments, "bits_per_weight": pruned.bits_per_weight}
         if how.is_trained:
             settings["learning_rate"] = how.learning_rate
             settings["losses_held_out"] = {
-                f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in losses.items()
+                tried.tried: loss if math.isfinite(loss) else None for tried, loss in losses.items()
             }
             settings["loss_held_out_before"] = mean_loss(llama, loaded.params, validation)
         kept.mkdir(parents=True, exist_ok=True)

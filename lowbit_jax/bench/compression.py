@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -101,8 +102,10 @@ def compress_sweep(
     """Runs what is missing of a table in this process, and writes the table of what there is.
 
     The model, its tokens and the inputs of its layers are read once, and what is compiled serves
-    all rows. A line is written as a row ends; a row that cannot be solved, or for which memory is
-    short, has a line with its error, which counts as a result: remove it to try again.
+    all rows. A line is written as a row ends; a row that trains and is killed goes on from what it
+    kept in the folder `work` of `options.out` (its `time_s` counts from there). A row that cannot
+    be solved, or for which memory is short, has a line with its error, which counts as a result:
+    remove it to try again.
 
     Args:
       table: What to measure.
@@ -174,6 +177,7 @@ def _run(
             shown = f"{number}/{len(todo)} rows, {_minutes(rest)} left"
             progress.update(bar, description=name, completed=number, left=shown)
             row_start = time.perf_counter()
+            work = options.out / "work" / f"{row.name}-{seed}"
             try:
                 found = subject.measure(
                     row,
@@ -181,6 +185,7 @@ def _run(
                     lambda step, total, number=number: progress.update(
                         bar, completed=number + step / total
                     ),
+                    work,
                 )
             except KeyboardInterrupt:
                 left += [f"{other.name}, seed {s}" for other, s in todo[number:]]
@@ -200,6 +205,7 @@ def _run(
             }
             records[row.name, seed] = record
             write_records(options.out / "results.jsonl", table.rows, records)
+            shutil.rmtree(work, ignore_errors=True)
             progress.console.print(
                 f"{name}: {_headline(record)}", highlight=False, markup=False, soft_wrap=True
             )

@@ -145,7 +145,8 @@ def method_of(arguments: Mapping[str, Any]) -> Method | SparseMethod | None:
         return None
     name = given.pop("method")
     if "pattern" in given:
-        given.pop("learning_rates", None)  # of a search, not of a method
+        for searched in ("learning_rates", "strengths"):  # of a search, not of a method
+            given.pop(searched, None)
         return SparseMethod(name, pattern_of(given.pop("pattern")), **given)
     if name not in QUANTIZERS:
         raise ValueError(f"method_of: must be one of {', '.join(QUANTIZERS)}, got {name!r}.")
@@ -227,7 +228,7 @@ def sparsity_rows(
       patterns: See `pattern_of`.
       methods: Of `SparseMethod`.
       training: By pattern, the arguments of `SparseMethod` for methods that train, and
-        "learning_rates" that each of them tries.
+        "learning_rates" that each of them tries, Elsa at each of its "strengths".
       seeds: Of calibration windows.
       trained_seeds: Of the batches of methods that train, and of the windows for their masks.
     """
@@ -241,8 +242,8 @@ def sparsity_rows(
                 count = trained_seeds
             if method == "retrain" and pattern != "0%":
                 arguments["mask_solver"] = "sparsegpt"
-            if method == "elsa":
-                arguments.pop("mask_solver", None)
+            if method == "retrain":
+                arguments.pop("strengths", None)
             name = pattern.replace("%", "").replace(":", "to")
             rows.append(
                 Row(

@@ -48,7 +48,8 @@ from lowbit_jax.ptq.sparse_methods import (
     Callbacks,
     SparseMethod,
     prune_model,
-    search_learning_rates,
+    search_training,
+    training_grid,
 )
 from lowbit_jax.ptq.texts import calibration_batches, tokenizer_of
 from lowbit_jax.ptq.windows import TrainingWindows, held_out
@@ -59,6 +60,8 @@ from lowbit_jax.train.sweep_rows import Row
 _BYTES_PER_TOKEN = 8
 # Windows of the training tokens that choose a learning rate, as in scripts/prune.py.
 _HELD_OUT = 64
+# Of methods that train: what a killed row loses at most.
+_KEEP_EVERY_S = 60.0
 _OnStep = Callable[[int, int], None]
 
 
@@ -66,8 +69,18 @@ _OnStep = Callable[[int, int], None]
 class Subject(Protocol):
     """A loaded model and its texts."""
 
-    def measure(self, row: Row, seed: int, on_step: _OnStep) -> dict[str, Any]:
-        """The numbers of a row's line; `on_step` is told what is done of how much."""
+    def measure(
+        self, row: Row, seed: int, on_step: _OnStep, folder: pathlib.Path | None = None
+    ) -> dict[str, Any]:
+        """The numbers of a row's line.
+
+        Args:
+          row: What to measure.
+          seed: Of its seeds.
+          on_step: Is told what is done of how much.
+          folder: Of this row and seed, where a killed run of methods that train goes on; None:
+            nowhere.
+        """
         ...
 
 
@@ -181,7 +194,9 @@ class LlamaSubject:
             self._hessians[outliers] = found
         return self._hessians[outliers]
 
-    def measure(self, row: Row, seed: int, on_step: _OnStep) -> dict[str, Any]:
+    def measure(
+        self, row: Row, seed: int, on_step: _OnStep, folder: pathlib.Path | None = None
+    ) -> dict[str, Any]:
         """Compresses, and predicts the validation text; see `Subject`."""
         outliers = bool(row.arguments.get("outliers", False))
         method = method_of(row.arguments)
@@ -192,7 +207,7 @@ class LlamaSubject:
             model, params, bits = self._quantized(method, outliers, seed, on_step)
             found["bits_per_weight"] = bits
         elif isinstance(method, SparseMethod):
-            pruned, chosen = self._pruned(row, method, outliers, seed, on_step)
+            pruned, chosen = self._pruned(row, method, outliers, seed, on_step, folder)
             params, found["bits_per_weight"] = pruned.params, pruned.bits_per_weight
             found |= chosen
         params = jax.block_until_ready(jax.tree.map(jnp.asarray, params))
@@ -243,7 +258,15 @@ class LlamaSubject:
             return self.model, quantized_params(params, blocks, compression), bits
         return *quantized_model(self.model, params, blocks, method), bits
 
-    def _pruned(self, row: Row, method: SparseMethod, outliers: bool, seed: int, on_step: _OnStep):
+    def _pruned(
+        self,
+        row: Row,
+        method: SparseMethod,
+        outliers: bool,
+        seed: int,
+        on_step: _OnStep,
+        folder: pathlib.Path | None,
+    ):
         """What is left of the model, and of methods that train what their learning rates gave."""
         table, params, count = self.table, self.params(outliers), itertools.count(1)
         on = Callbacks(
@@ -258,23 +281,32 @@ class LlamaSubject:
         trained = method
         if method.solver == "retrain":
             windows = self._calibration(seed, tokens) if method.needs_calibration else ()
-            first = prune_model(self.model, params, method.one_shot, calibration=windows, on=on)
+            first = prune_model(
+                self.model, params, method.one_shot, calibration=windows, on=on, folder=folder
+            )
             params = first.params
             # The mask is there, found in `dtype`: with nothing more to go, its zeros stay.
             trained = dataclasses.replace(
                 method, pattern=Unstructured(0.0), mask_solver="magnitude"
             )
-        pruned, best, losses_of = search_learning_rates(
+        arguments = row.arguments
+        pruned, best, losses_of = search_training(
             Llama(dataclasses.replace(self.model.config, dtype=table.train_dtype)),
             params,
-            trained,
-            row.arguments.get("learning_rates", (method.learning_rate,)),
+            training_grid(
+                trained, arguments.get("learning_rates", ()), arguments.get("strengths", ())
+            ),
             validation=validation,
             batches=TrainingWindows(tokens, table.length, batch_size, seed),
             on=on,
+            folder=folder,
+            keep_every_s=_KEEP_EVERY_S,
         )
-        losses = {f"{rate:g}": x if np.isfinite(x) else None for rate, x in losses_of.items()}
-        return pruned, {"learning_rate": best.learning_rate, "losses_held_out": losses}
+        losses = {m.tried: x if np.isfinite(x) else None for m, x in losses_of.items()}
+        chosen = {"learning_rate": best.learning_rate, "losses_held_out": losses}
+        if best.solver != "retrain":
+            chosen["strength"] = best.strength
+        return pruned, chosen
 
     def _layer_errors(self, params: PyTree, outliers: bool) -> dict[str, Any]:
         """Mean over all matrices, and by matrix; with inputs as the uncompressed model has them."""
@@ -358,8 +390,11 @@ class BertSubject:
         self._hessians: tuple[int, Any] = (-1, None)
         self._solved: tuple[Any, Any] = (None, None)
 
-    def measure(self, row: Row, seed: int, on_step: _OnStep) -> dict[str, Any]:
+    def measure(
+        self, row: Row, seed: int, on_step: _OnStep, folder: pathlib.Path | None = None
+    ) -> dict[str, Any]:
         """Solves every matrix, for the inputs that it has in the uncompressed encoder."""
+        del folder  # A row takes seconds.
         arguments = dict(row.arguments)
         inputs = arguments.pop("activations", None)
         method = method_of(arguments)

@@ -145,6 +145,12 @@ class SparseMethod:
         return dataclasses.replace(self, solver=self._masked_by)
 
     @property
+    def tried(self) -> str:
+        """What a search tells methods apart by: the learning rate, and of Elsa the strength."""
+        strength = f", strength {self.strength:g}" if self.solver != "retrain" else ""
+        return f"learning rate {self.learning_rate:g}{strength}"
+
+    @property
     def elsa_settings(self) -> ElsaSettings:
         """For `prune_by_elsa`."""
         return ElsaSettings(
@@ -267,11 +273,10 @@ def prune_model(
     return _trained(model, start, method, batches, *arguments, keep_every_s)
 
 
-def search_learning_rates(
+def search_training(
     model: Llama,
     params: Mapping[str, Any],
-    method: SparseMethod,
-    learning_rates: Sequence[float],
+    methods: Sequence[SparseMethod],
     *,
     validation: Sequence[Shaped[np.ndarray, "..."]],
     calibration: Sequence[Shaped[np.ndarray, "..."]] = (),
@@ -280,71 +285,92 @@ def search_learning_rates(
     settings: Mapping[str, Any] | None = None,
     on: Callbacks | None = None,
     keep_every_s: float = 300.0,
-) -> tuple[Pruned, SparseMethod, dict[float, float]]:
-    """`prune_model` at each learning rate, and the result of least loss on tokens held out.
+) -> tuple[Pruned, SparseMethod, dict[SparseMethod, float]]:
+    """`prune_model` by each method, and the result of least loss on tokens held out.
 
     Elsa and retrain compare honestly when both are given the same rates, steps and batches.
 
     Args:
       model: As in `prune_model`, like all not listed.
       params: See there.
-      method: One that trains; its own learning rate is not used.
-      learning_rates: Different ones.
+      methods: Of one that trains, with different learning rates or strengths; see `training_grid`.
       validation: Batches `(b, t + 1)` of one shape that are in no other argument.
       calibration: See `prune_model`.
-      batches: One iterable that can be iterated over for each rate.
-      folder: With one folder a rate.
+      batches: One iterable that can be iterated over for each method.
+      folder: With one folder a method.
       settings: See `prune_model`.
       on: See there.
       keep_every_s: See there.
 
     Returns:
-      The best, its parameters on the host; its method; and the loss of each rate, infinite where it
-      or the loss of the training was not finite.
+      The best, its parameters on the host; its method; and the loss of each method, infinite where
+      it or the loss of the training was not finite.
 
     Raises:
-      ValueError: As `prune_model`, but for rates that diverge while another does not; or if the
-        method does not train, or there are no rates, the same twice, or no validation.
+      ValueError: As `prune_model`, but for methods that diverge while another does not; or if they
+        do not train, or differ in anything else, or are the same twice, or there are none, or no
+        validation.
     """
-    who = "search_learning_rates"
-    rates = tuple(learning_rates)
-    if not method.is_trained or not rates or len(set(rates)) < len(rates):
+    who = "search_training"
+    methods = tuple(methods)
+    firsts = {_without_search(method) for method in methods}
+    if len(firsts) != 1 or not methods[0].is_trained or len(set(methods)) < len(methods):
+        got = "; ".join(map(str, methods)) or "none"
         raise ValueError(
-            f"{who}: needs a method that trains and different learning rates, got"
-            f" {method.solver} and {rates}."
+            f"{who}: needs one method that trains, at different learning rates or strengths, got"
+            f" {got}."
         )
     if not len(validation):
         raise ValueError(f"{who}: needs validation batches, got none; hold windows out.")
     if iter(batches) is batches:
         raise ValueError(
-            f"{who}: batches must start anew for each rate, got an iterator; pass a list or"
+            f"{who}: batches must start anew for each method, got an iterator; pass a list or"
             " TrainingWindows."
         )
     on = Callbacks() if on is None else on
     settings = {} if settings is None else settings
-    start = _solved(model, params, method, calibration, folder, settings, on)
-    losses, best = {}, None
-    for rate in rates:
-        candidate = dataclasses.replace(method, learning_rate=rate)
-        on.method(candidate)
-        losses[rate] = math.inf
+    start = _solved(model, params, methods[0], calibration, folder, settings, on)
+    losses: dict[SparseMethod, float] = {}
+    best = None
+    for method in methods:
+        on.method(method)
+        losses[method] = math.inf
         try:
-            found = _trained(model, start, candidate, batches, folder, settings, on, keep_every_s)
+            found = _trained(model, start, method, batches, folder, settings, on, keep_every_s)
         except Diverged:  # Not stored: its frames hold parameters and state on the device.
             continue
         loss = mean_loss(model, found.params, validation)
         if not math.isfinite(loss):
             continue
-        losses[rate] = loss
-        if best is None or loss < losses[best[1].learning_rate]:
-            best = found._replace(params=jax.tree.map(np.asarray, found.params)), candidate
+        losses[method] = loss
+        if best is None or loss < losses[best[1]]:
+            best = found._replace(params=jax.tree.map(np.asarray, found.params)), method
     if best is None:
-        tried = ", ".join(f"{loss} at {rate:g}" for rate, loss in losses.items())
+        tried = "; ".join(f"{loss} at {method.tried}" for method, loss in losses.items())
         raise ValueError(
-            f"{who}: the held-out loss must be finite at one learning rate at least, got {tried};"
-            " lower them or the strength, or look for NaN in the parameters and batches."
+            f"{who}: the held-out loss must be finite for one method at least, got {tried}; lower"
+            " learning rate or strength, or look for NaN in the parameters and batches."
         )
     return *best, losses
+
+
+def training_grid(
+    method: SparseMethod, learning_rates: Sequence[float], strengths: Sequence[float] = ()
+) -> tuple[SparseMethod, ...]:
+    """The method at each learning rate, and of Elsa at each strength; none: its own."""
+    used = (strengths if method.solver != "retrain" else ()) or (method.strength,)
+    return tuple(
+        dataclasses.replace(method, learning_rate=rate, strength=strength)
+        for strength in used
+        for rate in learning_rates or (method.learning_rate,)
+    )
+
+
+def _without_search(method: SparseMethod) -> SparseMethod:
+    """The same for all methods of a search."""
+    return dataclasses.replace(
+        method, learning_rate=SparseMethod.learning_rate, strength=SparseMethod.strength
+    )
 
 
 def _solved(model, params, method, calibration, folder, settings, on) -> Pruned:
@@ -386,8 +412,8 @@ def _without_inputs(params: PyTree, method: SparseMethod) -> PyTree:
 
 
 def _without_training(method: SparseMethod) -> SparseMethod:
-    """The same for all learning rates of a search, whose mask is found once."""
-    return dataclasses.replace(method, learning_rate=SparseMethod.learning_rate, steps=1)
+    """The same for all methods of a search, whose mask is found once."""
+    return dataclasses.replace(_without_search(method), steps=1)
 
 
 def _trained(model, start: Pruned, method, batches, folder, settings, on, keep_every_s) -> Pruned:
@@ -395,7 +421,7 @@ def _trained(model, start: Pruned, method, batches, folder, settings, on, keep_e
     keep = None
     if folder is not None:
         about = {**settings, "method": repr(method), "model_config": repr(model.config)}
-        keep = Keep(folder / f"training_{method.learning_rate:g}", about, keep_every_s)
+        keep = Keep(folder / method.tried.replace(", ", "_").replace(" ", "_"), about, keep_every_s)
     options = {"mask": PRUNED, "report": on.record, "keep": keep}
     if method.solver == "retrain":
         params, records = retrain(

@@ -58,8 +58,8 @@ def save_sparse_report(
       folder: That is there.
       pruned: What to report.
       pattern: That it is to have.
-      settings: Plain data for JSON; report.txt has of them "losses_held_out", by learning rate,
-        None where not finite, and "loss_held_out_before".
+      settings: Plain data for JSON; report.txt has of them "losses_held_out", by what was
+        tried, None where not finite, and "loss_held_out_before".
 
     Raises:
       ValueError: If an N:M pattern is broken anywhere; nothing is written then.
@@ -83,12 +83,12 @@ def save_sparse_report(
         gap = f", |x - z| / |x| {last.gap:.4f} before the last projection" if last.gap else ""
         parts.append(f"{last.step:,} steps, loss {last.loss:.4f} in the last of them{gap}")
     if "losses_held_out" in settings:
-        tried = (
-            f"{'not finite' if loss is None else f'{loss:.4f}'} (learning rate {r})"
-            for r, loss in settings["losses_held_out"].items()
+        found = (
+            f"{'not finite' if loss is None else f'{loss:.4f}'} ({tried})"
+            for tried, loss in settings["losses_held_out"].items()
         )
         before = settings["loss_held_out_before"]
-        parts.append(f"held-out loss {before:.4f} before pruning, after it {', '.join(tried)}")
+        parts.append(f"held-out loss {before:.4f} before pruning, after it {', '.join(found)}")
     parts.append(sparsity_table(pruned.params))
     if pruned.bits_per_weight is not None:
         parts.append(f"{pruned.bits_per_weight:.3f} bits a weight, codes and scales, mask aside")

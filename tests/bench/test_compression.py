@@ -111,8 +111,9 @@ class FakeSubject:
         self.calls, self.fails, self.stops = [], fails, stops
         self.error = error or ValueError("could not be factored")
 
-    def measure(self, row, seed, on_step):
+    def measure(self, row, seed, on_step, folder):
         self.calls.append((row.name, seed))
+        folder.mkdir(parents=True)  # which nobody finds afterwards
         on_step(1, 1)
         if row.name == self.stops:
             raise KeyboardInterrupt
@@ -146,6 +147,7 @@ def test_what_is_done_is_not_repeated_and_what_fails_is_a_line(tmp_path):
     assert report.failed["mxfp4-w4a16-mr_gptq, seed 1"] == "could not be factored"
     again = FakeSubject()
     assert run(tmp_path, again).done == tuple(f"mxfp4-w4a16-gptq, seed {s}" for s in (0, 1))
+    assert not list((tmp_path / "work").iterdir())
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(line["row"], line["seed"]) for line in lines] == [
         (row.name, seed) for row in ROWS for seed in row.seeds
@@ -374,7 +376,7 @@ def seen(monkeypatch):
         monkeypatch.setattr(compression_subject, name, called)
 
     spy("prune_model")
-    spy("search_learning_rates")
+    spy("search_training")
     return calls
 
 
@@ -399,18 +401,18 @@ def test_a_trained_row_chooses_its_rate_without_the_evaluation(subject, seen):
     training = {"75%": {"steps": 2, "learning_rates": (1e-3, 1e-4)}}
     (row,) = sparsity_rows("t.py", ("75%",), methods=("retrain",), training=training)
     found = measure(subject, row)
-    assert found["losses_held_out"].keys() == {"0.001", "0.0001"}
+    assert found["losses_held_out"].keys() == {"learning rate 0.001", "learning rate 0.0001"}
     best = min(found["losses_held_out"], key=found["losses_held_out"].get)
-    assert found["learning_rate"] == float(best)
+    assert f"learning rate {found['learning_rate']:g}" == best
     # Solved in the dtype of the table, trained in another, with the zeros that were found.
-    assert (seen["prune_model"][0], seen["search_learning_rates"][0]) == ("float32", "bfloat16")
+    assert (seen["prune_model"][0], seen["search_training"][0]) == ("float32", "bfloat16")
     assert seen["prune_model"][2].solver == "sparsegpt"
-    before, after = seen["search_learning_rates"][1], seen["search_learning_rates"][4][0].params
+    before, after = seen["search_training"][1], seen["search_training"][4][0].params
     masks = [up_proj(params) == 0 for params in (before, after)]
     np.testing.assert_array_equal(*masks)
     assert masks[0].mean() == 0.75
     calibration = np.stack(seen["prune_model"][3]["calibration"]).reshape(-1, 32)
-    options = seen["search_learning_rates"][3]
+    options = seen["search_training"][3]
     held_out = np.concatenate(options["validation"])
     parts = {
         "training": spans(options["batches"].tokens),
@@ -423,11 +425,13 @@ def test_a_trained_row_chooses_its_rate_without_the_evaluation(subject, seen):
 
 
 def test_a_row_of_elsa_trains_the_dense_model_to_the_pattern(subject, seen):
-    training = {"75%": {"steps": 4, "interval": 2, "learning_rates": (1e-3,)}}
+    training = {
+        "75%": {"steps": 4, "interval": 2, "learning_rates": (1e-3,), "strengths": (0.1, 0.2)}
+    }
     (row,) = sparsity_rows("t.py", ("75%",), methods=("elsa",), training=training)
     found = measure(subject, row)
     assert "prune_model" not in seen  # no mask is found beforehand
-    dtype, before, method, options, (pruned, *_) = seen["search_learning_rates"]
+    dtype, before, (method, _), options, (pruned, *_) = seen["search_training"]
     assert (dtype, method.solver, method.interval) == ("bfloat16", "elsa", 2)
     assert (up_proj(before) != 0).all()
     assert [row.step for row in pruned.records] == [2, 4]
@@ -438,8 +442,29 @@ def test_a_row_of_elsa_trains_the_dense_model_to_the_pattern(subject, seen):
     # Exact: the same weights, in the same program, of the table's dtype and not that of training.
     assert found["validation_loss"] == result.loss
     assert (found["learning_rate"], found["layer_error"]) == (1e-3, None)
-    assert found["losses_held_out"].keys() == {"0.001"}
+    tried = {f"learning rate 0.001, strength {s:g}": s for s in (0.1, 0.2)}
+    assert tried.keys() == found["losses_held_out"].keys()
+    best = min(found["losses_held_out"], key=found["losses_held_out"].get)
+    assert found["strength"] == tried[best]
     assert not spans(options["batches"].tokens) & spans(subject.evaluation)
+
+
+def test_a_killed_row_that_trains_goes_on(subject, tmp_path):
+    training = {"75%": {"steps": 4, "interval": 2, "learning_rates": (1e-3, 1e-4)}}
+    (row,) = sparsity_rows("t.py", ("75%",), methods=("elsa",), training=training)
+    steps = []
+
+    def be_killed(step, total):
+        steps.append(step)
+        if len(steps) == 3:  # in the training at the second learning rate
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        subject.measure(row, 0, be_killed, tmp_path)
+    steps.clear()
+    found = subject.measure(row, 0, lambda step, total: steps.append(step), tmp_path)
+    assert steps == [4, 2, 4]  # the first is read, the second trained
+    assert found["losses_held_out"] == measure(subject, row)["losses_held_out"]  # exact
 
 
 # -- BERT

@@ -18,8 +18,9 @@ from lowbit_jax.ptq.sparse_methods import (
     Callbacks,
     SparseMethod,
     prune_model,
-    search_learning_rates,
+    search_training,
     sparse_compression_of,
+    training_grid,
 )
 from lowbit_jax.ptq.sparse_report import breaks_pattern, sparsity_of, sparsity_table
 from lowbit_jax.ptq.windows import TrainingWindows, held_out, mean_loss
@@ -128,21 +129,25 @@ def test_elsa_and_its_control_train_on_the_same_terms(params, text, calibration,
     elsa = prune_model(MODEL, params, SparseMethod("elsa", MOST, **TRAINING), batches=batches)
     wanda = SparseMethod("retrain", MOST, mask_solver="wanda", **TRAINING)
     seen, blocks = [], []
-    control, chosen, losses = search_learning_rates(
-        MODEL, params, wanda, (1e-5, 1e-2), validation=validation, batches=batches,
+    grid = training_grid(wanda, (1e-5, 1e-2))
+    control, chosen, losses = search_training(
+        MODEL, params, grid, validation=validation, batches=batches,
         calibration=calibration, folder=tmp_path,
         on=Callbacks(block=blocks.append, method=lambda m: seen.append(m.learning_rate)),
     )  # fmt: skip
     assert len(blocks) == 2  # one mask for both rates
-    assert {f.name for f in tmp_path.iterdir()} == {"blocks", "training_1e-05", "training_0.01"}
-    assert seen == [1e-5, 1e-2] == list(losses)
-    assert chosen.learning_rate == 1e-2 == min(losses, key=losses.__getitem__)
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "blocks", "learning_rate_1e-05", "learning_rate_0.01"
+    }  # fmt: skip
+    assert seen == [1e-5, 1e-2]
+    assert grid == tuple(losses)
+    assert chosen == grid[1] == min(losses, key=losses.__getitem__)
     one_shot = prune_model(MODEL, params, wanda.one_shot, calibration=calibration)
     loss = {
         name: mean_loss(MODEL, found.params, validation)
         for name, found in {"wanda": one_shot, "retrain": control, "elsa": elsa}.items()
     }
-    assert loss["retrain"] == losses[1e-2]
+    assert loss["retrain"] == losses[chosen]
     assert max(loss["elsa"], loss["retrain"]) < loss["wanda"]
     for found in (elsa, control):
         assert found.records[-1].step == TRAINING["steps"]
@@ -156,12 +161,14 @@ def test_elsa_and_its_control_train_on_the_same_terms(params, text, calibration,
 def test_a_search_passes_over_rates_that_diverge(params, text):
     search = {"batches": text[0], "validation": text[1]}
     method = SparseMethod("retrain", MOST, steps=4)
-    found, chosen, losses = search_learning_rates(MODEL, params, method, (1e38, 1e-3), **search)
-    assert losses == {1e38: np.inf, 1e-3: mean_loss(MODEL, found.params, text[1])}
-    assert np.isfinite(losses[1e-3])
-    assert chosen.learning_rate == 1e-3
-    with pytest.raises(ValueError, match=r"finite at one .* got inf at 1e\+38, inf at 2e\+38; "):
-        search_learning_rates(MODEL, params, method, (1e38, 2e38), **search)
+    high, low = grid = training_grid(method, (1e38, 1e-3))
+    found, chosen, losses = search_training(MODEL, params, grid, **search)
+    assert losses == {high: np.inf, low: mean_loss(MODEL, found.params, text[1])}
+    assert np.isfinite(losses[low])
+    assert chosen == low
+    said = r"finite for one .* got inf at learning rate 1e\+38; inf at learning rate 2e\+38; "
+    with pytest.raises(ValueError, match=said):
+        search_training(MODEL, params, training_grid(method, (1e38, 2e38)), **search)
 
 
 def test_a_search_does_not_choose_a_held_out_loss_that_is_not_a_number(params, text, monkeypatch):
@@ -169,10 +176,25 @@ def test_a_search_does_not_choose_a_held_out_loss_that_is_not_a_number(params, t
     method = SparseMethod("retrain", MOST, steps=1)
     measured = iter([np.nan, 2.0, 1.0])
     monkeypatch.setattr(sparse_methods, "mean_loss", lambda *_: next(measured))
-    rates = (1e-2, 1e-3, 1e-4)
-    _, chosen, losses = search_learning_rates(MODEL, params, method, rates, **search)
-    assert losses == {1e-2: np.inf, 1e-3: 2.0, 1e-4: 1.0}
-    assert chosen.learning_rate == 1e-4
+    grid = training_grid(method, (1e-2, 1e-3, 1e-4))
+    _, chosen, losses = search_training(MODEL, params, grid, **search)
+    assert losses == dict(zip(grid, (np.inf, 2.0, 1.0), strict=True))
+    assert chosen == grid[-1]
+
+
+def test_elsa_is_searched_over_strengths_too(params, text):
+    search = {"batches": text[0], "validation": text[1]}
+    elsa = SparseMethod("elsa", MOST, steps=2, interval=1)
+    grid = training_grid(elsa, (1e-3, 1e-2), (1e-3, 1e-1))
+    assert [(m.learning_rate, m.strength) for m in grid] == [
+        (1e-3, 1e-3), (1e-2, 1e-3), (1e-3, 1e-1), (1e-2, 1e-1)
+    ]  # fmt: skip
+    found, chosen, losses = search_training(MODEL, params, grid, **search)
+    assert losses[chosen] == min(losses.values()) == mean_loss(MODEL, found.params, text[1])
+    assert len(set(losses.values())) == 4
+    retrained = SparseMethod("retrain", MOST)
+    assert training_grid(retrained, (1e-3,), (1e-3, 1e-1)) == training_grid(retrained, (1e-3,))
+    assert training_grid(elsa, ()) == (elsa,)
 
 
 def test_what_a_method_cannot_be_is_refused(params, text, calibration):
@@ -202,11 +224,12 @@ def test_what_a_method_cannot_be_is_refused(params, text, calibration):
     with pytest.raises(ValueError, match="recipes must not need a key"):
         prune_model(random, params, elsa, batches=text[0])
     search = {"batches": text[0], "validation": text[1]}
-    for rates in ((), (1e-3, 1e-3)):
-        with pytest.raises(ValueError, match="different learning rates"):
-            search_learning_rates(MODEL, params, elsa, rates, **search)
+    other = dataclasses.replace(elsa, interval=1)
+    for grid in ((), (elsa, elsa), (elsa, other), (SparseMethod("wanda", HALF),)):
+        with pytest.raises(ValueError, match="at different learning rates or strengths"):
+            search_training(MODEL, params, grid, **search)
     stream = {**search, "batches": itertools.cycle(text[1])}
     with pytest.raises(ValueError, match="batches must start anew"):
-        search_learning_rates(MODEL, params, elsa, (1e-3,), **stream)
+        search_training(MODEL, params, (elsa,), **stream)
     with pytest.raises(ValueError, match="needs validation batches"):
-        search_learning_rates(MODEL, params, elsa, (1e-3,), **{**search, "validation": ()})
+        search_training(MODEL, params, (elsa,), **{**search, "validation": ()})

@@ -65,7 +65,9 @@ def test_elsa_says_what_it_did_and_a_killed_command_is_given_once_more(folder, t
     assert prune(folder / "model", out, "elsa", work=tmp_path / "work", **arguments) == 0
     printed = capsys.readouterr().out
     assert re.search(r"8 steps, loss \d\.\d{4} .*, \|x - z\| / \|x\| \d\.\d{4} before", printed)
-    assert re.search(r"held-out loss \d\.\d{4} before .* \(learning rate 0.001\)", printed)
+    assert re.search(
+        r"held-out loss \d\.\d{4} before .* \(learning rate 0.001, strength \S+\)", printed
+    )
     assert all(np.sum(w == 0) == int(0.7 * w.size) for w in kept(out))
     record = json.loads((out / "report.json").read_text())
     assert [row["step"] for row in record["training"]] == [4, 8]
@@ -155,7 +157,7 @@ def test_a_rate_that_diverges_is_reported_and_the_other_written(folder, tmp_path
     )
     settings = json.loads((out / "report.json").read_text())["settings"]
     assert settings["learning_rate"] == 1e-3
-    assert settings["losses_held_out"]["1e+38"] is None
+    assert settings["losses_held_out"]["learning rate 1e+38"] is None
     assert np.all(np.isfinite(kept(out)))
 
 
@@ -172,7 +174,7 @@ def test_a_rate_that_diverges_is_reported_and_the_other_written(folder, tmp_path
         ({"format": "mxfp4"}, "only sparsegpt quantizes"),
         ({"text": ()}, "--text: wanda needs a text"),
         ({"samples": 3}, "samples must be a multiple of batch_size"),
-        ({"learning_rates": ()}, "--learning-rates: needs at least one"),
+        ({"learning_rates": ()}, "--learning-rates and --strengths: need at least one"),
         ({"method": "elsa", "length": 4096}, "windows of 4096 tokens are to be held out"),
         ({"model": pathlib.Path("nowhere")}, "nowhere"),
     ],
