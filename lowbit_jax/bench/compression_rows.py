@@ -260,7 +260,8 @@ def language_model_rows(
     formats: Sequence[str],
     input_formats: Sequence[str],
     patterns: Sequence[str],
-    training: Mapping[str, Mapping[str, Any]],
+    pruning: Sequence[str] = (*ONE_SHOT, *TRAINED),
+    training: Mapping[str, Mapping[str, Any]] | None = None,
     seeds: int = 3,
     trained_seeds: int = 1,
 ) -> list[Row]:
@@ -271,6 +272,7 @@ def language_model_rows(
       formats: Of weights alone.
       input_formats: Of these those that quantize inputs, too, and the model with outliers.
       patterns: See `sparsity_rows`.
+      pruning: Its methods.
       training: See `sparsity_rows`; "0%" is the dense model, trained on as long as Elsa.
       seeds: Of calibration windows.
       trained_seeds: Of methods that train.
@@ -282,13 +284,14 @@ def language_model_rows(
         )
     rest = [format for format in formats if format not in input_formats]
     rows += quantization_rows(config, rest, seeds=seeds)
-    if "0%" in training:
+    if training and "0%" in training:
         rows += sparsity_rows(
             config, ("0%",), methods=("retrain",), training=training, trained_seeds=trained_seeds
         )
     return rows + sparsity_rows(
-        config, patterns, training=training, seeds=seeds, trained_seeds=trained_seeds
-    )
+        config, patterns, methods=pruning, training=training, seeds=seeds,
+        trained_seeds=trained_seeds,
+    )  # fmt: skip
 
 
 def run_order(rows: Sequence[Row]) -> list[tuple[Row, int]]:

@@ -52,13 +52,14 @@ from lowbit_jax.ptq.sparse_methods import (
     training_grid,
 )
 from lowbit_jax.ptq.texts import calibration_batches, tokenizer_of
-from lowbit_jax.ptq.windows import TrainingWindows, held_out
+from lowbit_jax.ptq.windows import TrainingWindows
 from lowbit_jax.sparsity import Unstructured
 from lowbit_jax.train.sweep_rows import Row
 
 # More than a text has bytes a token, so that as many bytes hold the tokens that are asked for.
 _BYTES_PER_TOKEN = 8
-# Windows of the training tokens that choose a learning rate, as in scripts/prune.py.
+# Windows that choose among learning rates: of validation pieces that are not evaluated, for the
+# model may have been trained on the training pieces, and low rates keep what it knows by heart.
 _HELD_OUT = 64
 # Of methods that train: what a killed row loses at most.
 _KEEP_EVERY_S = 60.0
@@ -96,8 +97,10 @@ def load_subject(table: Table) -> Subject:
 
 def split_sample(
     paths: Sequence[str], *, train_bytes: int, validation_bytes: int, fraction: float
-) -> tuple[list[bytes], list[bytes]]:
-    """Even samples of the training and of the validation pieces of a text, which are disjoint.
+) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """Even samples of the training and of the validation pieces of a text, and what is left.
+
+    Left are the validation pieces that are not in the sample. All three are disjoint.
 
     One pass. The split is that of `data.split`, so that a model that was trained on the same files
     has not seen the validation pieces.
@@ -127,7 +130,7 @@ def split_sample(
             f" {len(train)} and {len(kept)} in {', '.join(paths)}; take a longer text, or a larger"
             " validation_fraction."
         )
-    return train, kept[::stride]
+    return train, kept[::stride], [piece for at, piece in enumerate(kept) if at % stride]
 
 
 class LlamaSubject:
@@ -140,7 +143,7 @@ class LlamaSubject:
         loaded = load_pretrained(path, table.dtype)
         self.model = loaded.model
         self._tokenizer = tokenizer_of(path, loaded)
-        train, validation = split_sample(
+        train, validation, self._left = split_sample(
             table.text,
             train_bytes=_BYTES_PER_TOKEN * table.calibration_tokens,
             validation_bytes=_BYTES_PER_TOKEN * (table.eval_tokens + table.window),
@@ -159,6 +162,27 @@ class LlamaSubject:
         wanted = _BYTES_PER_TOKEN * table.train_tokens
         found = sample_train(pieces, wanted, table.validation_fraction)
         return self._tokens(found, table.train_tokens)
+
+    @functools.cached_property
+    def held_out(self) -> list[Integer[np.ndarray, "b t"]]:
+        """Windows of validation pieces that are not evaluated, to choose a learning rate by.
+
+        Raises:
+          ValueError: If there are too few of them.
+        """
+        table, batch_size = self.table, self.table.train_batch_size
+        batches = max(_HELD_OUT // batch_size, 1)
+        wanted = batches * batch_size * table.length + 1
+        tokens = self._tokens(self._left, wanted) if self._left else np.zeros(0, np.int32)
+        if len(tokens) < wanted:
+            raise ValueError(
+                f"LlamaSubject: needs {wanted} tokens of validation pieces beside the evaluated"
+                f" ones to choose a learning rate, got {len(tokens)}; take a longer text, a larger"
+                " validation_fraction, or fewer eval_tokens."
+            )
+        places = np.arange(batches * batch_size)[:, None] * table.length
+        windows = tokens[places + np.arange(table.length + 1)]
+        return list(windows.reshape(batches, batch_size, -1))
 
     def params(self, outliers: bool) -> Mapping[str, Any]:
         """The parameters on the device, as they are or with injected outliers."""
@@ -276,11 +300,9 @@ class LlamaSubject:
         if not method.is_trained:
             windows = self._calibration(seed) if method.needs_calibration else ()
             return prune_model(self.model, params, method, calibration=windows, on=on), {}
-        batch_size = table.train_batch_size
-        tokens, validation = held_out(self.training, _HELD_OUT, table.length, batch_size)
         trained = method
         if method.solver == "retrain":
-            windows = self._calibration(seed, tokens) if method.needs_calibration else ()
+            windows = self._calibration(seed, self.training) if method.needs_calibration else ()
             first = prune_model(
                 self.model, params, method.one_shot, calibration=windows, on=on, folder=folder
             )
@@ -296,8 +318,8 @@ class LlamaSubject:
             training_grid(
                 trained, arguments.get("learning_rates", ()), arguments.get("strengths", ())
             ),
-            validation=validation,
-            batches=TrainingWindows(tokens, table.length, batch_size, seed),
+            validation=self.held_out,
+            batches=TrainingWindows(self.training, table.length, table.train_batch_size, seed),
             on=on,
             folder=folder,
             keep_every_s=_KEEP_EVERY_S,
@@ -369,7 +391,7 @@ class BertSubject:
         self.table = table
         self.bert: Bert = load_bert(pathlib.Path(table.model))
         self._weights = {name: jnp.asarray(w) for name, w in self.bert.weights.items()}
-        train, validation = split_sample(
+        train, validation, _ = split_sample(
             table.text,
             train_bytes=_BYTES_PER_TOKEN * table.calibration_tokens,
             validation_bytes=_BYTES_PER_TOKEN * table.hessian_samples * table.length,

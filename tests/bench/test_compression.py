@@ -284,10 +284,12 @@ def test_rows_without_calibration_round_every_matrix_in_its_basis(params):
 def test_samples_are_even_and_disjoint(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(bundled_text())
-    train, validation = split_sample(
+    train, validation, left = split_sample(
         [str(path)], train_bytes=400_000, validation_bytes=60_000, fraction=0.1
     )
     assert not set(train) & set(validation)
+    assert left
+    assert not set(left) & {*train, *validation}
     assert 200_000 <= sum(map(len, train)) <= 400_000
     assert 30_000 <= sum(map(len, validation)) <= 120_000
     with pytest.raises(ValueError, match="pieces for training and for validation"):
@@ -422,6 +424,8 @@ def test_a_trained_row_chooses_its_rate_without_the_evaluation(subject, seen):
     assert not parts["training"] & parts["held out"]
     assert not (parts["training"] | parts["held out"]) & parts["evaluation"]
     assert set(map(bytes, calibration)) <= parts["training"]
+    # The model may know its training pieces by heart, so that they choose no rate.
+    assert not parts["held out"] & spans(subject.calibration)
 
 
 def test_a_row_of_elsa_trains_the_dense_model_to_the_pattern(subject, seen):
