@@ -19,7 +19,7 @@ from lowbit_jax.data.tokenizers import BPETokenizer
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ptq.calibrate import compress_blocks
-from lowbit_jax.ptq.export import input_absmax, save_quantized
+from lowbit_jax.ptq.export import save_quantized
 from lowbit_jax.ptq.finished import finish_reports, is_written
 from lowbit_jax.ptq.methods import (
     Method,
@@ -116,8 +116,6 @@ def main(
         compression = compression_of(how)
         if not how.is_wush:  # which has a transform, and scales, for each matrix
             compression = sharing_scales(compression)
-        if how.hadamard is not None:
-            compression = compression._replace(transform_inputs=how.hadamard.apply)
         blocks = []
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("blocks", total=loaded.model.config.n_layers)
@@ -136,8 +134,7 @@ def main(
         rest = {"tokenizer": carried, "metadata": loaded.metadata}
         if store == "codes":
             coded = quantized_model(loaded.model, loaded.params, blocks, how)
-            absmax = input_absmax(blocks)
-            save_quantized(out, *coded, input_absmax=absmax, dtype=rest_dtype, **rest)
+            save_quantized(out, *coded, dtype=rest_dtype, **rest)
         else:
             params = quantized_params(loaded.params, blocks, compression)
             save_pretrained(out, loaded.model, params, **rest)

@@ -29,7 +29,7 @@ from lowbit_jax.numerics.scales import (
     is_nan_scale,
     multiply_by_scales,
 )
-from lowbit_jax.numerics.spec import QuantSpec
+from lowbit_jax.numerics.spec import E4M3_RULES, QuantSpec
 
 Key = PRNGKeyArray | UInt32[Array, "2"] | None
 
@@ -56,7 +56,13 @@ class Factored(NamedTuple):
         return self.values if self.scale is None else self.values * self.scale
 
 
-def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -> QTensor:
+def quantize(
+    x: Shaped[ArrayLike, "..."],
+    spec: QuantSpec,
+    *,
+    key: Key = None,
+    global_scale: Float[ArrayLike, ""] | None = None,
+) -> QTensor:
     """Rounds `x / scale` to the grid of `spec.format`, the scale of each block by `spec.scale`.
 
     A block with a NaN or an infinity gets a NaN scale and decodes to NaN as a whole; a zero block
@@ -66,16 +72,19 @@ def quantize(x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None) -
       x: `(*batch, k)`, any float dtype. Blocks run along the last axis.
       spec: Target.
       key: For a spec that needs one; otherwise not used.
+      global_scale: Of the E4M3 rules: one that was found before, such as for inputs by calibration,
+        so that no element depends on the others beyond its block. What exceeds 448 times it times
+        the outermost level saturates. None: from the abs-max of x.
 
     Returns:
       A `QTensor`; not differentiable, see `fake_quantize`.
 
     Raises:
       ValueError: If x is not floating, k is not a multiple of the block size, the codes do not
-        fill whole bytes, or a spec that needs a key has none.
+        fill whole bytes, a spec that needs a key has none, or one without a global scale gets one.
     """
     x = jnp.asarray(x)
-    grid, is_live, _ = _to_grid("quantize", x, spec, key)
+    grid, is_live, _ = _to_grid("quantize", x, spec, key, global_scale)
     format = spec.format
     codes = encode(grid.levels, format)
     codes = jnp.where(is_live, codes, 0).astype(jnp.uint8).reshape(x.shape)
@@ -152,7 +161,11 @@ def quantize_values(
 
 
 def quantize_factored(
-    x: Shaped[ArrayLike, "..."], spec: QuantSpec, *, key: Key = None
+    x: Shaped[ArrayLike, "..."],
+    spec: QuantSpec,
+    *,
+    key: Key = None,
+    global_scale: Float[ArrayLike, ""] | None = None,
 ) -> tuple[Factored, Float[Array, "..."]]:
     """`factor(quantize(x))` bit for bit, without packing, and the units of `quantize_values`.
 
@@ -160,12 +173,13 @@ def quantize_factored(
       x: `(*batch, k)`, any float dtype; k need not make whole bytes.
       spec: Target.
       key: For a spec that needs one.
+      global_scale: See `quantize`.
 
     Raises:
       ValueError: As `quantize`, whole bytes excepted.
     """
     x = jnp.asarray(x)
-    grid, _, units = _to_grid("quantize_values", x, spec, key)
+    grid, _, units = _to_grid("quantize_values", x, spec, key, global_scale)
     return _factor(grid, spec, x.shape), units.reshape(x.shape)
 
 
@@ -208,11 +222,18 @@ def _factor(grid: _Grid, spec: QuantSpec, shape: tuple[int, ...]) -> Factored:
     return Factored(multiply_by_scales(levels, scales, None).reshape(shape), grid.global_scale)
 
 
-def _to_grid(who, x, spec, key):
+def _to_grid(who, x, spec, key, global_scale=None):
     """Blocks of `x` rounded to levels, which are neither zero nor bad, and `x` in their units."""
     _check(who, x, spec)
     _check_key(who, spec, key)
-    (scales, global_scale, is_live, zero_points), units = _find_scales(x, spec)
+    if global_scale is not None:
+        if spec.scale not in E4M3_RULES:
+            raise ValueError(
+                f"{who}: global_scale is for {' and '.join(E4M3_RULES)}, got it for {spec}; leave"
+                " it None."
+            )
+        global_scale = jnp.asarray(global_scale, jnp.float32)
+    (scales, global_scale, is_live, zero_points), units = _find_scales(x, spec, global_scale)
     with jax.named_scope("lowbit_quantize"):  # to find it in a jaxpr or a profile
         if spec.rounding == "eden":
             levels, scales = eden_round(units, scales, spec, key)
@@ -228,10 +249,10 @@ def _to_grid(who, x, spec, key):
     return grid, is_live, _mark_non_finite(units, scales)
 
 
-def _find_scales(x, spec):
+def _find_scales(x, spec, global_scale=None):
     """The scales of the blocks of `x`, and the blocks in their units, 0 in those not live."""
     blocks = _to_blocks(x.astype(jnp.float32), spec)
-    found = block_scales(blocks, spec, _block_axes(spec, x.ndim))
+    found = block_scales(blocks, spec, _block_axes(spec, x.ndim), global_scale)
     units = divide_by_scales(blocks, found.scales, found.global_scale)
     if found.zero_points is not None:
         units = units + found.zero_points.astype(jnp.float32)

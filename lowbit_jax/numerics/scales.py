@@ -101,7 +101,10 @@ class BlockScales(NamedTuple):
 
 
 def block_scales(
-    blocks: Float[Array, "..."], spec: QuantSpec, axis: int | tuple[int, ...] = -1
+    blocks: Float[Array, "..."],
+    spec: QuantSpec,
+    axis: int | tuple[int, ...] = -1,
+    global_scale: Float[Array, ""] | None = None,
 ) -> BlockScales:
     """The scale of each block by `spec.scale`; see the table of the module.
 
@@ -109,6 +112,7 @@ def block_scales(
       blocks: Any float dtype; computed in float32.
       spec: The rule, the grid that the scale is for and the margin.
       axis: The axes of one block; the `rms` rules take the last one only.
+      global_scale: Of the E4M3 rules, in place of the one that the abs-max of all blocks gives.
 
     Returns:
       `BlockScales`, the global scale without the gain. Not differentiated anywhere in this package.
@@ -130,7 +134,7 @@ def block_scales(
     if rule == "minmax":
         return _minmax_scales(blocks, is_finite, is_live, format, axis)
     if rule in E4M3_RULES:
-        return _e4m3_scales(blocks, a, is_finite, is_live, spec, axis)
+        return _e4m3_scales(blocks, a, is_finite, is_live, spec, axis, global_scale)
     if rule == "rms":
         scales = root_mean_square(blocks) * np.float32(GAUSSIAN_ALPHA[format.name] / format.max)
     else:
@@ -139,6 +143,19 @@ def block_scales(
     is_live = is_live & (scales >= SMALLEST_NORMAL)
     scales = jnp.where(is_live, scales, np.float32(0))
     return BlockScales(jnp.where(is_finite, scales, np.float32(np.nan)), None, is_live)
+
+
+def calibrated_global_scale(absmax: float, spec: QuantSpec) -> np.float32:
+    """A global scale for arrays of this abs-max under an E4M3 rule: the next power of two.
+
+    Files hold its reciprocal, which is then exact; the scales of blocks reach from 224 to 448 at
+    least, and as they are floats lose nothing by it but the lowest of their 17 binades.
+    """
+    wanted = absmax / _largest(spec)
+    if not SMALLEST_NORMAL <= wanted < math.inf:  # inputs that are always zero: any will do
+        return np.float32(1)
+    mantissa, exponent = math.frexp(wanted)
+    return np.float32(math.ldexp(1.0, exponent - (mantissa == 0.5)))
 
 
 def divide_by_scales(
@@ -226,15 +243,15 @@ def _minmax_scales(blocks, is_finite, is_live, format, axis):
     return BlockScales(scales, None, is_live, zero_points.astype(jnp.uint8))
 
 
-def _e4m3_scales(blocks, a, is_finite, is_live, spec, axis):
-    """E4M3 scales and their global scale, from the abs-max of the finite blocks."""
+def _e4m3_scales(blocks, a, is_finite, is_live, spec, axis, global_scale):
+    """E4M3 scales, 448 at most, and their global scale: given, or of the finite blocks' abs-max."""
     format = spec.format
     four_over_six = spec.scale == "absmax_e4m3_four_over_six"
-    largest = 256.0 if four_over_six or spec.rounding == "eden" else E4M3.max
     top = format.max / spec.margin  # what the abs-max of a block is to become
-    amax = jnp.max(jnp.where(is_finite, a, 0))
-    global_scale = amax * reciprocal(largest * top)
-    global_scale = jnp.where(global_scale < SMALLEST_NORMAL, np.float32(1), global_scale)
+    if global_scale is None:
+        amax = jnp.max(jnp.where(is_finite, a, 0))
+        global_scale = amax * reciprocal(_largest(spec))
+        global_scale = jnp.where(global_scale < SMALLEST_NORMAL, np.float32(1), global_scale)
     target = jnp.where(is_live, a, 0) / (global_scale * np.float32(top))
     scales = round_to_grid(target, E4M3)
     if four_over_six:
@@ -246,6 +263,12 @@ def _e4m3_scales(blocks, a, is_finite, is_live, spec, axis):
     codes = lax.bitcast_convert_type(scales.astype(E4M3.storage), jnp.uint8)
     codes = jnp.where(is_finite, jnp.where(is_live, codes, 0), _E4M3_NAN).astype(jnp.uint8)
     return BlockScales(lax.bitcast_convert_type(codes, E4M3.storage), global_scale, is_live)
+
+
+def _largest(spec):
+    """What the largest magnitude is to become in units of the global scale."""
+    has_room = spec.scale == "absmax_e4m3_four_over_six" or spec.rounding == "eden"
+    return (256.0 if has_room else E4M3.max) * (spec.format.max / spec.margin)
 
 
 def _squared_error(blocks, scales, global_scale, is_live, spec, axis):

@@ -18,7 +18,7 @@ from lowbit_jax.ops.operands import as_operand, scope
 from lowbit_jax.ops.products import Operand, dequantized
 from lowbit_jax.ops.quantized_dot import dots_of_codes
 from pallas_kernels import compat
-from pallas_kernels.mixed_matmul import choose_config, mixed_matmul
+from pallas_kernels.mixed_matmul import PackedWeight, choose_config, mixed_matmul
 from pallas_kernels.mixed_matmul.layout import scheme_of
 from pallas_kernels.mixed_matmul.tuning import MAX_ROWS, config_obstacle
 
@@ -42,8 +42,8 @@ def coded_dot(
     Args:
       x: `(*batch, k)`, bfloat16 or float32.
       w: `(n, k)`.
-      implementation: "mixed_matmul": our kernel for packed 4-bit weights and up to 64 rows of
-        bfloat16 that are not quantized, on a Hopper GPU. "dequantize": decoded once, then a dense
+      implementation: "mixed_matmul": our kernel for packed 4-bit weights and rows of bfloat16 that
+        are not quantized, 64 at a time, on a Hopper GPU. "dequantize": decoded once, then a dense
         product. With quantized activations any name that `quantized_dot` knows. A name never falls
         back. None: with quantized activations as `quantized_dot` chooses; else "mixed_matmul" up
         to the 16 rows for which it was measured, and "dequantize" for the rest; `explain` says why.
@@ -106,17 +106,22 @@ def _coded_dots(implementation, x, weights):
             with scope(name):
                 found[name] = _weight_only(x, w, implementation)
         else:
-            # A transform of its own makes inputs of its own.
+            # A transform or a global scale of its own makes inputs of its own.
             recipe = DotRecipe(y_x=w.activations, y_w=w.spec, rotation=w.rotation)
-            own = None if w.transform is None else name
+            own = None if w.transform is None and w.input_global_scale is None else name
             groups.setdefault((recipe, own), {})[name] = w
     for (recipe, _), alike in groups.items():
-        inputs = x
-        for w in alike.values():
-            if w.transform is not None:
-                inputs = w.apply(x)
+        first = next(iter(alike.values()))  # and only one, if anything of it is its own
+        inputs = x if first.transform is None else first.apply(x)
         codes = {name: w.codes() for name, w in alike.items()}
-        found |= dots_of_codes(inputs, codes, recipe, implementation, dtype=x.dtype)
+        found |= dots_of_codes(
+            inputs,
+            codes,
+            recipe,
+            implementation,
+            dtype=x.dtype,
+            x_global_scale=first.input_global_scale,
+        )
     return found
 
 
@@ -153,7 +158,8 @@ def plan(
     Raises:
       NotImplementedError: If the path asked for does not cover the product.
     """
-    obstacle = _kernel_obstacle(w, shape, dtype) or compat.hopper_obstacle(capability)
+    chunk = min(shape[0], MAX_ROWS), *shape[1:]
+    obstacle = _kernel_obstacle(w, chunk, dtype) or compat.hopper_obstacle(capability)
     if implementation == "dequantize":
         return Plan("dequantize", "asked for by name")
     if implementation == "mixed_matmul" and obstacle is None:
@@ -184,8 +190,8 @@ def _kernel_obstacle(w: CodedWeight, shape: tuple[int, int, int], dtype: np.dtyp
         return str(error).removeprefix("mixed_matmul: ")
     if not w.is_packed:
         return "codes are not in the order of the kernel, see pack_weights"
-    if not 1 <= m <= MAX_ROWS:
-        return f"x must have 1 to {MAX_ROWS} rows, got {m}"
+    if not m:
+        return "x has no rows"
     sums_group = scheme.group if scheme.scales == "float32" else None
     return config_obstacle(choose_config(m, n, k, sums_group=sums_group), m, n, k)
 
@@ -201,10 +207,21 @@ def _weight_only(x, w: CodedWeight, implementation: str | None) -> Array:
     )
     with dispatch.product_scope("y", (None, w.spec), chosen):
         if chosen.path == "mixed_matmul":
-            y = mixed_matmul(
-                rows, w.quantized, out_dtype=x.dtype, interpret=compat.is_interpreting()
-            )
+            y = _by_kernel(rows, w.quantized)
         else:
             b = as_operand(factor(w.codes()), w.spec, x.dtype)
             y = dequantized(Operand(rows, None), b, x.dtype, x.dtype)
     return y.reshape(*x.shape[:-1], n)
+
+
+def _by_kernel(rows: Array, w: PackedWeight) -> Array:
+    """`mixed_matmul` of any number of rows, as many at a time as it takes."""
+    m, k = rows.shape
+    multiply = functools.partial(
+        mixed_matmul, w=w, out_dtype=rows.dtype, interpret=compat.is_interpreting()
+    )
+    if m <= MAX_ROWS:
+        return multiply(rows)
+    padded = jnp.pad(rows, [(0, -m % MAX_ROWS), (0, 0)])
+    y = jax.lax.map(multiply, padded.reshape(-1, MAX_ROWS, k))
+    return y.reshape(len(padded), -1)[:m]

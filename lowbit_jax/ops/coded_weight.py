@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from lowbit_jax.numerics import QTensor, QuantSpec, dequantize
+from lowbit_jax.numerics.spec import E4M3_RULES
 from lowbit_jax.rotations import Rotation
 from pallas_kernels.mixed_matmul import PackedWeight, prepack, unpack
 from pallas_kernels.mixed_matmul.layout import TILE
@@ -25,7 +26,7 @@ from pallas_kernels.mixed_matmul.layout import TILE
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["quantized", "transform"],
+    data_fields=["quantized", "transform", "input_global_scale"],
     meta_fields=["rotation", "activations"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +42,20 @@ class CodedWeight:
       transform: A `BlockTransform` of inputs, arrays; None: none.
       rotation: Of inputs, static and without random signs; None: none.
       activations: Format to which inputs are rounded, transformed; None: not rounded.
+      input_global_scale: Of inputs in a format with E4M3 scales, as a calibration found it, `()` a
+        matrix: no output then depends on the other rows of x. Larger inputs saturate. None: from
+        the abs-max of all of x, so that outputs depend on what shares a batch with them.
 
     Raises:
-      ValueError: If both transforms are given, or anything needs a random key.
+      ValueError: If both transforms are given, anything needs a random key, or there is a global
+        scale for inputs that have none.
     """
 
     quantized: Any
     transform: Any = None
     rotation: Rotation | None = None
     activations: QuantSpec | None = None
+    input_global_scale: Any = None
 
     def __post_init__(self):
         if self.transform is not None and self.rotation is not None:
@@ -63,6 +69,11 @@ class CodedWeight:
                     f"CodedWeight: nothing random is repeated for every input, got {part}; take"
                     " Hadamard without signs, and formats that round to nearest."
                 )
+        if self.input_global_scale is not None and not has_global_scale(self.activations):
+            raise ValueError(
+                "CodedWeight: input_global_scale is for activations with E4M3 scales, got it for"
+                f" {self.activations}; leave it None."
+            )
 
     @property
     def spec(self) -> QuantSpec:
@@ -130,6 +141,11 @@ class CodedWeight:
             one = of_matrix
             of_matrix = functools.partial(jax.lax.map, one) if one_by_one else jax.vmap(one)
         return of_matrix(jax.tree.map(jnp.asarray, self))
+
+
+def has_global_scale(activations: QuantSpec | None) -> bool:
+    """Whether inputs in this format have a global scale that a calibration can find."""
+    return activations is not None and activations.scale in E4M3_RULES
 
 
 def map_coded(fn, params: PyTree) -> PyTree:

@@ -107,6 +107,19 @@ def operand_of_quantized(
     return q, Residual(saved, None)
 
 
+def operand_under_scale(x: Array, global_scale: Array, call: Call) -> AnyOperand:
+    """`Q(x R)` as rows, under a global scale that is given: of the E4M3 rules, without gradient."""
+    recipe = call.recipe
+    rotation, spec = recipe.rotation_of("y"), recipe.y_x
+    rows = x.reshape(-1, x.shape[-1])
+    if rotation is not None:
+        rows = rotation.apply(rows)
+    if call.takes_codes("y"):
+        return quantize(rows, spec, global_scale=global_scale)
+    factored, _ = quantize_factored(rows, spec, global_scale=global_scale)
+    return as_operand(factored, spec, call.x_dtype)
+
+
 def as_operand(factored: Factored, spec: QuantSpec, compute_dtype: np.dtype) -> Operand:
     """The operand of a product: values in the compute dtype or in float8, scales in float32."""
     values, scale = factored

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from lowbit_jax.ops.operands import (
     gradient_operands,
     masked_gradient,
     operand_of_quantized,
+    operand_under_scale,
     run_product,
     scope,
 )
@@ -151,8 +153,11 @@ def dots_of_codes(
     implementation: str | None,
     *,
     dtype: DTypeLike,
+    x_global_scale: Float[Array, ""] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """`quantized_dots` of weights that are nothing but codes, computed in and rounded to `dtype`.
+
+    Not differentiable with a global scale.
 
     Args:
       x: `(*batch, k)`, quantized as it comes: what is computed to be quantized stays float32.
@@ -160,6 +165,7 @@ def dots_of_codes(
       recipe: That quantizes both operands.
       implementation: As for `quantized_dot`.
       dtype: Of the operands that are not float8, and of the results.
+      x_global_scale: Under which x is quantized, see `quantize`; None: from the abs-max of x.
 
     Raises:
       ValueError: As `quantized_dot`.
@@ -167,7 +173,16 @@ def dots_of_codes(
     """
     # Masters are asked for their shape alone; under `jit` they are never made.
     weights = {name: QuantizedWeight(jnp.zeros(q.shape, dtype), q) for name, q in codes.items()}
-    return _quantized_dots(x, weights, recipe, None, implementation, dtype, compute_dtype=dtype)
+    if x_global_scale is None:
+        return _quantized_dots(x, weights, recipe, None, implementation, dtype, compute_dtype=dtype)
+    x, ws, call = _prepared(x, weights, recipe, None, implementation, dtype, compute_dtype=dtype)
+    x_q, ys = operand_under_scale(x, x_global_scale, call), {}
+    for name, w in ws.items():
+        with scope(name):
+            w_q, _ = operand_of_quantized(w, split_keys(None), call)
+            y = run_product("y", x_q, w_q, call, call.out_dtype)
+        ys[name] = y.reshape(*x.shape[:-1], y.shape[-1])
+    return {name: ys[name] for name in weights}
 
 
 def quantized_dot_general(
@@ -236,8 +251,28 @@ def _quantized_dots(
     partition=None,
     saved_as=None,
 ) -> dict[str, Array]:
+    x, ws, call = _prepared(
+        x,
+        weights,
+        recipe,
+        key,
+        implementation,
+        out_dtype,
+        compute_dtype=compute_dtype,
+        partition=partition,
+    )
+    is_by_kernel = any(call.target("y", spec) is not None for spec in (recipe.y_x, recipe.y_w))
+    # Interpreted kernels have effects, which checkpoints do not take.
+    dots = _dots_by_kernel if is_by_kernel and not is_interpreting() else _dots
+    ys = dots(x, ws, key if recipe.needs_key else None, call, saved_as)
+    return {name: ys[name] for name in weights}
+
+
+def _prepared(
+    x, weights, recipe, key, implementation, out_dtype, *, compute_dtype=None, partition=None
+) -> tuple[Array, dict[str, Any], Call]:
+    """Arguments that were checked, weights in the order of a pytree's leaves, and the call."""
     x = jnp.asarray(x)
-    # In the order of a pytree's leaves.
     ws = {name: _as_weight(weights[name]) for name in sorted(weights)}
     for w in ws.values():
         _check_call(x, w, recipe, key, implementation)
@@ -257,11 +292,7 @@ def _quantized_dots(
         partition=partition if obstacle is None else None,
         partition_obstacle=obstacle,
     )
-    is_by_kernel = any(call.target("y", spec) is not None for spec in (recipe.y_x, recipe.y_w))
-    # Interpreted kernels have effects, which checkpoints do not take.
-    dots = _dots_by_kernel if is_by_kernel and not is_interpreting() else _dots
-    ys = dots(x, ws, key if recipe.needs_key else None, call, saved_as)
-    return {name: ys[name] for name in weights}
+    return x, ws, call
 
 
 def _dots_primal(x, ws, key, call: Call, saved_as):

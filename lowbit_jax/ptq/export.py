@@ -15,7 +15,8 @@ import itertools
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +30,9 @@ from lowbit_jax.models.pretrained.families import huggingface_names
 from lowbit_jax.models.pretrained.huggingface import named_tensors, open_weights, write_directory
 from lowbit_jax.numerics import QTensor
 from lowbit_jax.numerics.spec import E4M3_RULES
-from lowbit_jax.ops.coded_weight import CodedWeight
-from lowbit_jax.ptq.calibrate import CompressedBlock
+from lowbit_jax.ops.coded_weight import CodedWeight, has_global_scale
 from lowbit_jax.ptq.layouts import (
+    INPUT_SCALE,
     OUR_PARTS,
     OURS,
     PARTS,
@@ -43,12 +44,9 @@ from lowbit_jax.ptq.layouts import (
 )
 from lowbit_jax.rotations import Hadamard
 
-# The largest product of a scale and a level of NVFP4, to which inputs' abs-max is mapped.
-_LARGEST_NVFP4 = 448.0 * 6.0
 _NAN_E8M0 = 0xFF
 _NOT_CALIBRATED = (
     "servers take the global scale of inputs in NVFP4 from a calibration, and there was none"
-    " (input_absmax)"
 )
 
 
@@ -71,7 +69,6 @@ def save_quantized(
     model: Llama,
     params: Mapping[str, Any],
     *,
-    input_absmax: Mapping[str, Sequence[float]] | None = None,
     tokenizer: Any = None,
     metadata: Mapping[str, Any] | None = None,
     dtype: str | None = "bfloat16",
@@ -82,11 +79,8 @@ def save_quantized(
       path: The directory; must not exist, or be empty.
       model: Of the parameters.
       params: With a `CodedWeight`, stacked over layers, in place of each of the seven matrices; all
-        of one spec, rotation and format of inputs.
-      input_absmax: Of each matrix, by its path, and layer the largest magnitude of its inputs, in
-        the basis of the codes. Servers need it for inputs in NVFP4, whose global scale they take
-        from the file; matrices that they fuse (query, key and value; gate and up) get one, of the
-        largest. Without it such a directory is in our own layout. Otherwise not used.
+        of one spec, rotation and format of inputs. Servers take the global scale of inputs in NVFP4
+        from the file: without `input_global_scale` such a directory is in our own layout.
       tokenizer: See `save_pretrained`.
       metadata: See `save_pretrained`.
       dtype: Of what is not quantized.
@@ -100,19 +94,14 @@ def save_quantized(
     first = coded[QUANTIZABLE_PATHS[0]]
     spec, activations = first.spec, first.activations
     scheme, obstacle = _scheme(first)
-    if scheme and scheme["format"] == "nvfp4-pack-quantized" and scheme["input_activations"]:
-        if input_absmax is None:
-            scheme, obstacle = None, _NOT_CALIBRATED
-    else:
-        input_absmax = None
+    if scheme and has_global_scale(activations) and first.input_global_scale is None:
+        scheme, obstacle = None, _NOT_CALIBRATED
 
     entries, read = named_tensors(model, params, dtype, skipped=QUANTIZABLE_PATHS)
     entries, places, names = dict(entries), {}, huggingface_names(model.config)
     for name in QUANTIZABLE_PATHS:
         parts = _parts(_layer(coded[name], 0), scheme)  # those of other layers have their shapes
         kinds = {part: TensorEntry(array.dtype, array.shape) for part, array in parts.items()}
-        if input_absmax is not None:
-            kinds["input_global_scale"] = TensorEntry(np.dtype(np.float32), (1,))
         for layer, (part, entry) in itertools.product(range(model.config.n_layers), kinds.items()):
             tensor = f"{names[name].format(layer).removesuffix('.weight')}.{part}"
             entries[tensor], places[tensor] = entry, (name, layer, part)
@@ -131,12 +120,7 @@ def save_quantized(
         if tensor not in places:
             return read(tensor)
         name, layer, part = places[tensor]
-        if part != "input_global_scale":
-            return parts_of(name, layer)[part]
-        assert input_absmax is not None
-        largest = max(input_absmax[path][layer] for path in fused_with(name))
-        # Inputs that were always zero: any scale will do.
-        return np.asarray([_LARGEST_NVFP4 / largest if largest else 1.0], np.float32)
+        return parts_of(name, layer)[part]
 
     record = config_to_json(model.config, metadata, dtype or "float32")
     ours = {
@@ -163,15 +147,6 @@ def save_quantized(
     return Saved(layout, obstacle, bits_on_disk(path))
 
 
-def input_absmax(blocks: Iterable[CompressedBlock]) -> dict[str, list[float]]:
-    """Largest magnitude of the inputs of each matrix, by its path, in each layer."""
-    blocks = list(blocks)
-    return {
-        f"layers/{path}/weight": [block.input_absmax[path] for block in blocks]
-        for path in blocks[0].kept
-    }
-
-
 def bits_on_disk(path: str | os.PathLike) -> float:
     """Bits a parameter of the quantized matrices of a directory: all tensors that make them up."""
     files = open_weights(pathlib.Path(path))
@@ -187,7 +162,7 @@ def bits_on_disk(path: str | os.PathLike) -> float:
 
 def quantized_modules(files: Mapping[str, SafetensorsFile]) -> dict[str, list[str]]:
     """The tensors of each quantized module of a directory, by the ends of their names."""
-    known = {*PARTS, *OUR_PARTS, TRANSFORM, "input_global_scale"}
+    known = {*PARTS, *OUR_PARTS, TRANSFORM, INPUT_SCALE}
     modules: dict[str, list[str]] = {}
     for name in files:
         module, _, part = name.rpartition(".")
@@ -224,9 +199,10 @@ def shares_global_scales(params: Mapping[str, Any]) -> bool:
         coded = flat[path]
         if coded.spec.scale not in E4M3_RULES:
             continue
-        scales = [np.asarray(flat[p].quantized.global_scale) for p in fused_with(path)]
-        if any(not np.array_equal(scales[0], other) for other in scales):
-            return False
+        for part in ("quantized.global_scale", "input_global_scale"):
+            scales = [np.asarray(attrgetter(part)(flat[p])) for p in fused_with(path)]
+            if any(not np.array_equal(scales[0], other) for other in scales):
+                return False
     return True
 
 
@@ -240,7 +216,14 @@ def _common(coded: Mapping[str, Any]) -> tuple[dict[str, CodedWeight], Hadamard 
             " weights with save_pretrained."
         )
     kinds = {
-        (str(w.spec), w.spec, w.rotation, w.activations, w.transform is not None)
+        (
+            str(w.spec),
+            w.spec,
+            w.rotation,
+            w.activations,
+            w.transform is not None,
+            w.input_global_scale is not None,
+        )
         for w in coded.values()
     }
     if len(kinds) > 1:
@@ -278,13 +261,17 @@ def _unpacked(coded: CodedWeight) -> CodedWeight:
 def _parts(coded: CodedWeight, scheme: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
     """The tensors of a matrix, by the ends of their names."""
     q: QTensor = coded.quantized
+    of_inputs = {}
+    if coded.input_global_scale is not None:
+        divisor = 1 / np.asarray(coded.input_global_scale, np.float32)
+        of_inputs[INPUT_SCALE] = divisor.reshape(1)
     if scheme is not None:
-        return to_parts(q, scheme)
+        return {**to_parts(q, scheme), **of_inputs}
     parts = {part: getattr(q, field) for part, field in OUR_PARTS.items()}
     if coded.transform is not None:
         parts[TRANSFORM] = coded.transform.matrices
     found = {part: np.asarray(array) for part, array in parts.items() if array is not None}
-    return {**found, "weight_shape": np.asarray(q.shape, np.int64)}
+    return {**found, **of_inputs, "weight_shape": np.asarray(q.shape, np.int64)}
 
 
 def is_finite(q: QTensor) -> bool:

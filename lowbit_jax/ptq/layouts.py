@@ -45,6 +45,7 @@ OUR_PARTS = {
     "weight_zero_points": "zero_points",
 }
 TRANSFORM = "weight_transform"
+INPUT_SCALE = "input_global_scale"  # in either layout F32 (1,), one over that of `CodedWeight`
 
 _E8M0_RULES = ("absmax_floor", "absmax_ceil", "absmax_ct175", "rms_nearest", "std_floor")
 _FORMATS = {

@@ -24,7 +24,8 @@ from jaxtyping import PyTree
 from lowbit_jax.models import Llama, llama_rules
 from lowbit_jax.models.linear import RecipeRules
 from lowbit_jax.numerics import QTensor, QuantSpec
-from lowbit_jax.ops.coded_weight import CodedWeight, map_coded
+from lowbit_jax.numerics.scales import calibrated_global_scale
+from lowbit_jax.ops.coded_weight import CodedWeight, has_global_scale, map_coded
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ptq.calibrate import CompressedBlock, Compression
 from lowbit_jax.ptq.gptq import gptq
@@ -92,7 +93,8 @@ class Method:
 def compression_of(method: Method) -> Compression:
     """What `compress_blocks` needs; kept is a `QTensor`, of WUSH that and the transform.
 
-    A block that was compressed multiplies by float weights in the original basis, under the recipes
+    Inputs are measured in the basis of the rotation; of WUSH as they are. A block that was
+    compressed multiplies by float weights in the original basis, under the recipes
     of `calibration_model`; of WUSH with quantized activations by the codes, with its transforms.
     """
     rotation = method.hadamard
@@ -119,13 +121,19 @@ def compression_of(method: Method) -> Compression:
         coded = jax.tree.map(jnp.asarray, coded_weight(kept, method))
         return coded if method.is_wush and method.activations is not None else coded.dequantized()
 
-    return Compression(solve, weight)
+    return Compression(solve, weight, transform_inputs=None if rotation is None else rotation.apply)
 
 
-def coded_weight(kept: PyTree, method: Method) -> CodedWeight:
-    """The weight that a model multiplies by, of what was kept of a matrix."""
+def coded_weight(kept: PyTree, method: Method, input_absmax: float | None = None) -> CodedWeight:
+    """The weight that a model multiplies by, of what was kept of a matrix.
+
+    Inputs in a format with a global scale get that of `input_absmax`, in the basis of the codes.
+    """
     q, transform = kept if isinstance(kept, tuple) else (kept, None)
-    return CodedWeight(q, transform, method.hadamard, method.activations)
+    scale = None
+    if input_absmax is not None and has_global_scale(method.activations):
+        scale = calibrated_global_scale(input_absmax, method.activations)
+    return CodedWeight(q, transform, method.hadamard, method.activations, scale)
 
 
 def activation_rules(method: Method) -> RecipeRules:
@@ -158,8 +166,10 @@ def quantized_model(
 ) -> tuple[Llama, dict[str, Any]]:
     """The model and its parameters with a `CodedWeight` for every matrix.
 
-    Nothing is decoded: what is new are codes, scales and transforms, on the host. Models of equal
-    methods have parameters of one tree structure, so that a function compiled for one serves all.
+    Nothing is decoded: what is new are codes, scales and transforms, on the host. Inputs in NVFP4
+    get the global scale of the calibration, as servers do it; of WUSH, in whose basis none were
+    seen, that of each batch. Models of equal methods have parameters of one tree structure, so that
+    a function compiled for one serves all.
 
     Args:
       model: As it was trained or calibrated.
@@ -183,7 +193,14 @@ def quantized_model(
     layers = {part: dict(value) for part, value in params["layers"].items()}
     for path in blocks[0].kept:
         part, name = path.split("/")
-        coded = [coded_weight(block.kept[path], method) for block in blocks]
+        coded = [
+            coded_weight(
+                block.kept[path],
+                method,
+                None if method.is_wush else block.input_absmax.get(path),
+            )
+            for block in blocks
+        ]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *coded)
         layers[part][name] = {**layers[part][name], "weight": stacked}
     plain = Llama(dataclasses.replace(model.config, recipe_rules=()))
@@ -193,10 +210,17 @@ def quantized_model(
 def with_activations(params: PyTree, activations: QuantSpec | None) -> PyTree:
     """The parameters with another format of inputs, None for none; codes and transforms stay.
 
+    A global scale of inputs stays if the format is the same.
+
     Raises:
       ValueError: If there is no `CodedWeight`, or the format rounds at random.
     """
-    return map_coded(lambda w: dataclasses.replace(w, activations=activations), params)
+
+    def changed(w: CodedWeight) -> CodedWeight:
+        scale = w.input_global_scale if activations == w.activations else None
+        return dataclasses.replace(w, activations=activations, input_global_scale=scale)
+
+    return map_coded(changed, params)
 
 
 def quantized_params(

@@ -22,9 +22,10 @@ from lowbit_jax.models.pretrained.huggingface import (
     read_json,
 )
 from lowbit_jax.numerics import QTensor, QuantSpec
-from lowbit_jax.ops.coded_weight import CodedWeight
+from lowbit_jax.ops.coded_weight import CodedWeight, has_global_scale
 from lowbit_jax.ptq.export import bits_on_disk, is_finite, matrix_shape, quantized_modules
 from lowbit_jax.ptq.layouts import (
+    INPUT_SCALE,
     OUR_PARTS,
     OURS,
     PARTS,
@@ -92,8 +93,7 @@ def load_quantized(
     """Loads a directory that `save_quantized` wrote, or another one in these layouts.
 
     What is written by others is read with the inputs that it names: NVFP4, MXFP4 (`absmax_ct175`)
-    or FP8. Inputs in NVFP4 get a global scale of their own here, batch by batch, where servers take
-    that of the file.
+    or FP8; inputs in NVFP4 under the global scale of the file, if there is one.
 
     Args:
       path: The directory.
@@ -169,6 +169,9 @@ class _Kind:
             full = f"{module}.{name}"
             return np.asarray(files[full].read(full)) if full in files else None
 
+        scale = None
+        if has_global_scale(self.activations) and (divisor := part(INPUT_SCALE)) is not None:
+            scale = np.asarray(1 / divisor.reshape(()).astype(np.float32))
         if not self.is_ours:
             parts = {name: array for name in PARTS if (array := part(name)) is not None}
             if not {"weight_packed", "weight"} & parts.keys() or "weight_scale" not in parts:
@@ -176,7 +179,8 @@ class _Kind:
                     f"load_quantized: {module} must be quantized, got the tensors"
                     f" {sorted(parts)}; matrices that were left as they are cannot be mixed in."
                 )
-            return CodedWeight(from_parts(parts, self.spec), None, self.rotation, self.activations)
+            q = from_parts(parts, self.spec)
+            return CodedWeight(q, None, self.rotation, self.activations, scale)
         fields = {field: part(name) for name, field in OUR_PARTS.items()}
         transform = part(TRANSFORM)
         return CodedWeight(
@@ -184,6 +188,7 @@ class _Kind:
             None if transform is None else BlockTransform(transform),
             self.rotation,
             self.activations,
+            scale,
         )
 
 

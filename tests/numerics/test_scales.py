@@ -1,11 +1,15 @@
 import copy
+import math
 from dataclasses import replace
 from fractions import Fraction
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowbit_jax.numerics import (
     E2M1,
@@ -22,12 +26,18 @@ from lowbit_jax.numerics import (
     QUEST_INT4,
     QUEST_MXFP4,
     QuantSpec,
+    dequantize,
     integer,
     midrise,
+    quantize,
     round_to_grid,
     unsigned,
 )
-from lowbit_jax.numerics.scales import block_scales, multiply_by_scales
+from lowbit_jax.numerics.scales import (
+    block_scales,
+    calibrated_global_scale,
+    multiply_by_scales,
+)
 from lowbit_jax.numerics.spec import check_parts
 
 scales_of = jax.jit(block_scales, static_argnums=1)
@@ -129,6 +139,45 @@ def test_nvfp4_puts_the_largest_block_on_the_top_of_e4m3(run):
         np.testing.assert_array_equal(actual, expected)  # Exact: no two errors are near a tie.
         assert (expected == four).any()
         assert (expected == six).any()
+
+
+@pytest.mark.parametrize("spec", [NVFP4, NVFP4_FOUR_OVER_SIX], ids=str)
+def test_under_a_given_global_scale_blocks_do_not_know_each_other(spec):
+    x = np.random.default_rng(3).standard_normal((4, 64), np.float32)
+    x[1] *= 40  # beyond what the scale was calibrated for
+    found_before = calibrated_global_scale(float(abs(x[0]).max()), spec)
+    quantized = jax.jit(lambda x: quantize(x, spec, global_scale=found_before))
+    whole = quantized(x)
+    assert whole.global_scale == found_before
+    for row, alone in enumerate(map(quantized, x[:, None])):
+        chex.assert_trees_all_equal(whole.codes[row], alone.codes[0])
+        chex.assert_trees_all_equal(whole.scales[row], alone.scales[0])
+    # The definition, in NumPy: the nearest e4m3 scale, 448 at most, then the nearest level.
+    asked = abs(x).reshape(4, 4, 16).max(-1) / (6 * found_before)
+    if spec is NVFP4:
+        scales = np.minimum(asked, 448).astype(jnp.float8_e4m3fn).astype(np.float32)
+        np.testing.assert_array_equal(whole.scales.astype(np.float32), scales)
+    assert (whole.scales[1].astype(np.float32) == 448).all()
+    found, top = np.asarray(dequantize(whole)), 448 * 6 * found_before
+    assert abs(found[1]).max() == top
+    rest = np.delete(np.arange(4), 1)
+    # Bound: half the widest step of e2m1, 1, of a scale that was rounded by at most 1/16.
+    steps = np.repeat(asked, 16, -1)[rest] * found_before * 17 / 16
+    assert (abs(found - x)[rest] <= steps).all()
+
+
+@given(st.floats(2.0**-60, 2.0**60))
+def test_a_calibrated_global_scale_is_the_next_power_of_two(absmax):
+    for spec, top in ((NVFP4, 448), (NVFP4_FOUR_OVER_SIX, 256)):
+        scale = float(calibrated_global_scale(absmax, spec))
+        assert math.frexp(scale)[0] == 0.5
+        assert scale / 2 < absmax / (6 * top) <= scale
+
+
+def test_only_formats_with_a_global_scale_are_given_one():
+    assert calibrated_global_scale(0.0, NVFP4) == 1
+    with pytest.raises(ValueError, match="global_scale is for absmax_e4m3"):
+        quantize(jnp.ones((1, 32)), MXFP4, global_scale=1.0)
 
 
 def test_every_e8m0_byte_decodes_exactly():

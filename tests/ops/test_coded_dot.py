@@ -25,6 +25,7 @@ from lowbit_jax.rotations import Hadamard
 from lowbit_jax.rotations.wush import BlockTransform
 from pallas_kernels.compat import interpreter, kernel_names, lower_for_hopper, mosaic_obstacle
 from pallas_kernels.mixed_matmul import mixed_matmul_reference
+from pallas_kernels.mixed_matmul.tuning import MAX_ROWS
 from pallas_kernels.testing import run_interpreted
 
 mosaic = pytest.mark.skipif(mosaic_obstacle() is not None, reason=str(mosaic_obstacle()))
@@ -105,6 +106,23 @@ def test_a_transform_of_the_matrix_comes_before_the_rounding_of_inputs(dtype):
     np.testing.assert_array_equal(dot(x, w), jnp.asarray(expected, dtype))
 
 
+@pytest.mark.parametrize("basis", ["none", "hadamard", "wush"])
+def test_under_a_scale_of_the_calibration_rows_do_not_know_each_other(basis):
+    w = coded(NVFP4, NVFP4, basis)
+    scaled = dataclasses.replace(w, input_global_scale=jnp.float32(2.0**-9))
+    found = dot(X, scaled)
+    x = np.asarray(apply(w, X))
+    rounded = dequantize(quantize(x, NVFP4, global_scale=2.0**-9))
+    expected = np.asarray(rounded, np.float64) @ np.asarray(codes(w), np.float64).T
+    # Bound: 256 products below 25 in float32.
+    chex.assert_trees_all_close(found, expected.astype(np.float32), rtol=0, atol=3e-3)
+    louder = X.at[1, 2].multiply(50)
+    chex.assert_trees_all_equal(dot(louder, scaled)[0], found[0])
+    assert np.any(dot(louder, w)[0] != dot(X, w)[0])  # which takes the abs-max of all
+    both = jax.jit(coded_dots)(X, {"a": scaled, "b": w})
+    chex.assert_trees_all_equal(both, {"a": found, "b": dot(X, w)})
+
+
 def test_several_weights_share_inputs_but_not_transforms():
     other = dataclasses.replace(T, matrices=T.matrices[::-1])
     weights = {
@@ -139,6 +157,21 @@ def test_the_kernel_is_taken_where_it_can_run_and_equals_its_reference(spec, bas
     sizes = np.abs(np.asarray(rows, np.float32)) @ np.abs(codes(w)).T
     error = np.abs(np.asarray(found, np.float32).reshape(expected.shape) - expected)
     assert (error <= 2**-14 * sizes + 2**-7 * np.abs(expected)).all()
+
+
+@mosaic
+def test_any_number_of_rows_goes_through_the_kernel_by_name():
+    w = packed(coded(MXFP4))
+    x = jax.random.normal(jax.random.key(3), (2, 35, K)).astype(jnp.bfloat16)
+    by_name = functools.partial(coded_dot, implementation="mixed_matmul")
+    with interpreter():
+        (row,) = explain(by_name, x, w).rows
+    assert (row.path, row.a_shape, row.count) == ("mixed_matmul", (MAX_ROWS, K), 2)
+    found = np.asarray(run_interpreted(by_name, x, w), np.float32)
+    expected = np.asarray(dot(x, w), np.float32)
+    # Bound: float32 sums in another order, 2**-15 of their terms, and roundings of both results.
+    sizes = np.abs(np.asarray(x, np.float32)) @ np.abs(codes(w)).T
+    assert (np.abs(found - expected) <= 2**-14 * sizes + 2**-7 * np.abs(expected)).all()
 
 
 @mosaic

@@ -229,31 +229,59 @@ def test_a_transform_of_each_block_is_kept_in_our_layout(params, tmp_path):
         assert_same(weight, flat[key])
 
 
-def test_inputs_of_nvfp4_share_a_scale_where_servers_fuse(params, tmp_path):
-    coded = coded_by(NVFP4, params, activations=NVFP4)
-    assert not shares_global_scales(coded)
-    absmax = {path: [448 * 6 * 2.0**-i, 0.0] for i, path in enumerate(QUANTIZABLE_PATHS)}
-    save_quantized(tmp_path / "m", MODEL, coded, input_absmax=absmax)
+def test_the_global_scale_of_inputs_is_written_and_read(params, tmp_path):
+    flat = traverse_util.flatten_dict(coded_by(NVFP4, params, activations=NVFP4), sep="/")
+    for i, path in enumerate(QUANTIZABLE_PATHS):
+        scale = np.asarray([2.0**-i, 1.0], np.float32)
+        flat[path] = dataclasses.replace(flat[path], input_global_scale=scale)
+    coded = traverse_util.unflatten_dict(flat, sep="/")
+    saved = save_quantized(tmp_path / "m", MODEL, coded)
+    assert (saved.layout, saved.obstacle) == ("nvfp4-pack-quantized", None)
     inputs = note_of(tmp_path / "m")["config_groups"]["group_0"]["input_activations"]
     assert (inputs["dynamic"], inputs["strategy"], inputs["group_size"]) == (
         "local", "tensor_group", 16,
     )  # fmt: skip
     file = open_safetensors(tmp_path / "m" / "model.safetensors")
-
-    def written(module, layer=0):
-        return file.read(f"model.layers.{layer}.{module}.input_global_scale").tolist()
-
-    # Divisors: the smallest, of the largest magnitude, of those that are fused.
-    assert [written(f"self_attn.{n}_proj") for n in "qkvo"] == [[1.0], [1.0], [1.0], [8.0]]
-    assert [written(f"mlp.{n}_proj") for n in ("gate", "up", "down")] == [[16.0], [16.0], [64.0]]
-    assert written("mlp.down_proj", layer=1) == [1.0]  # of inputs that are always zero
-    found = matrices(load_quantized(tmp_path / "m").params)
-    assert {weight.activations for weight in found.values()} == {NVFP4}
+    for i, path in enumerate(QUANTIZABLE_PATHS):
+        module = path.split("/")[1].replace("attention", "self_attn") + "." + path.split("/")[2]
+        for layer, divisor in enumerate((2.0**i, 1.0)):
+            name = f"model.layers.{layer}.{module}.input_global_scale"
+            assert file.read(name).tolist() == [divisor]
     assert "have global scales of their own" in describe_directory(tmp_path / "m")
+    found = matrices(load_quantized(tmp_path / "m", on_host=True).params)
+    for path, weight in found.items():
+        assert weight.activations == NVFP4
+        np.testing.assert_array_equal(weight.input_global_scale, flat[path].input_global_scale)
+
+
+def test_fused_matrices_share_the_scale_of_inputs_too(params):
+    flat = traverse_util.flatten_dict(coded_by(NVFP4, params, activations=NVFP4), sep="/")
+
+    def with_scales(of_inputs):
+        for path in QUANTIZABLE_PATHS:
+            q = dataclasses.replace(flat[path].quantized, global_scale=np.ones(2, np.float32))
+            scale = np.full(2, of_inputs(path), np.float32)
+            flat[path] = dataclasses.replace(flat[path], quantized=q, input_global_scale=scale)
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    assert shares_global_scales(with_scales(lambda path: 0.5))
+    assert not shares_global_scales(with_scales(lambda path: 1 + ("k_proj" in path)))
+
+
+def test_inputs_that_were_not_calibrated_are_in_our_layout(params, tmp_path):
+    coded = coded_by(NVFP4, params, activations=NVFP4)
+    assert not shares_global_scales(coded)
     saved = save_quantized(tmp_path / "n", MODEL, coded)
     assert saved.layout == "lowbit_jax"
     assert "from a calibration" in saved.obstacle
-    assert matrices(load_quantized(tmp_path / "n").params).keys() == found.keys()
+    for weight in matrices(load_quantized(tmp_path / "n").params).values():
+        assert (weight.activations, weight.input_global_scale) == (NVFP4, None)
+    # Weights that no server reads beside such inputs: ours, with the scale.
+    coded = coded_by(MXFP4, params, activations=NVFP4, input_global_scale=np.float32([0.25, 4]))
+    saved = save_quantized(tmp_path / "o", MODEL, coded)
+    assert saved.layout == "lowbit_jax"
+    for path, weight in matrices(load_quantized(tmp_path / "o", on_host=True).params).items():
+        assert_same(weight, matrices(coded)[path])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from flax import linen as nn
 from lowbit_jax.models import Llama, LlamaConfig
 from lowbit_jax.numerics import dequantize, quantize
 from lowbit_jax.numerics.presets import INT4, MXFP4, NVFP4
+from lowbit_jax.numerics.scales import calibrated_global_scale
 from lowbit_jax.ops import CodedWeight, coded_dot, map_coded
 from lowbit_jax.ops.recipes import get_recipe
 from lowbit_jax.ptq.calibrate import compress_blocks
@@ -150,6 +151,36 @@ def test_quantized_inputs_of_codes_are_those_of_the_recipes(params, compressed):
     assert np.quantile(difference, 0.5) < 1e-5
     plain = logits(jax.tree.map(jnp.asarray, with_activations(coded, None)))
     assert np.quantile(np.abs(plain - expected) / float(jnp.std(expected)), 0.5) > 1e-2
+
+
+@pytest.mark.parametrize("rotation", [None, 16])
+def test_inputs_in_nvfp4_get_the_global_scale_of_the_calibration(params, compressed, rotation):
+    method = Method("rtn", NVFP4, activations=NVFP4, rotation=rotation)
+    blocks = compressed(method)
+    _, coded = quantized_model(MODEL, params, blocks, method)
+    for part, name in (("attention", "q_proj"), ("mlp", "down_proj")):
+        weight = coded["layers"][part][name]["weight"]
+        absmax = [block.input_absmax[f"{part}/{name}"] for block in blocks]
+        expected = [calibrated_global_scale(value, NVFP4) for value in absmax]
+        np.testing.assert_array_equal(weight.input_global_scale, expected)
+    one, two = (np.asarray(logits_of(coded, BATCHES[0][:n])) for n in (1, 4))
+    # Bound: float32 sums of other shapes, a few of which move an input over a boundary; the abs-max
+    # of a batch would move them all, see below.
+    spread = float(np.std(two))
+    assert np.quantile(np.abs(one[0] - two[0]), 0.5) < 1e-5 * spread
+    batchwise = jax.tree.map(jnp.asarray, map_coded(without_scale, coded))
+    one, two = (np.asarray(logits_of(batchwise, BATCHES[0][:n])) for n in (1, 4))
+    assert np.quantile(np.abs(one[0] - two[0]), 0.5) > 1e-4 * spread
+    assert with_activations(coded, MXFP4)["layers"]["mlp"]["up_proj"]["weight"].activations == MXFP4
+
+
+def without_scale(w):
+    return dataclasses.replace(w, input_global_scale=None)
+
+
+@jax.jit
+def logits_of(params, tokens):
+    return MODEL.apply({"params": params}, tokens)
 
 
 def test_wush_rounds_inputs_in_its_own_basis_while_it_is_calibrated(params, compressed):

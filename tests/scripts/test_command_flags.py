@@ -79,7 +79,7 @@ def test_flags_of_evaluate(load, tmp_path, capsys, flags, recipe, stride):
 def quantize(load, tmp_path, capsys, last, **flags):
     stubs = {} if last == "compress_blocks" else {"compress_blocks": []}
     stubs |= {"bits_per_weight": 4.0, "save_report": None, "quantized_model": (LLAMA, {})}
-    main, calls = load("quantize", {**stubs, "input_absmax": {}, "quantized_params": {}}, [last])
+    main, calls = load("quantize", {**stubs, "quantized_params": {}}, [last])
     assert main(tmp_path / "m", tmp_path / "out", "mxfp4", ("text",), **flags) == 2
     assert "stopped by the spy" in capsys.readouterr().err
     return calls[last]
