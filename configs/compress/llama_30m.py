@@ -11,7 +11,7 @@ evaluation from its validation pieces. What trains has a table of its own, llama
       --text debian-docs.txt.xz --out docs/results/compression_llama_30m
 """
 
-from lowbit_jax.bench.compression_rows import ONE_SHOT, Table, language_model_rows
+from lowbit_jax.bench.compression_rows import Table, language_model_rows
 
 # Guesses for an H100; rows that were measured count instead.
 _EXPECTED_S = {
@@ -38,7 +38,6 @@ def get_table(
         formats=("mxfp4_fitted", "mxfp4", "nvfp4", "int4g32", "int4g128", "int3g128", "int2g128"),
         input_formats=("mxfp4_fitted", "nvfp4", "int4g32", "mxfp4"),
         patterns=("50%", "60%", "70%", "80%", "90%", "2:4"),
-        pruning=ONE_SHOT,
         seeds=seeds,
     )
     return Table(

@@ -18,18 +18,10 @@ from lowbit_jax.bench.compression_rows import (
     quantization_rows,
 )
 
-# Learning rate and penalty by zeros: those of Elsa's OPT-125M (arXiv:2510.01650). 2:4 as 50 %, the
-# dense model as what moves most. It took 4096 steps: a fourth of these may want four times the
-# rate. Elsa and its control, the retrained mask, try the same three.
-_ELSA = {
-    "0%": (2e-4, 1e-3), "50%": (1e-5, 1e-2), "60%": (5e-5, 5e-3), "70%": (1e-4, 2e-3),
-    "80%": (2e-4, 1e-3), "90%": (2e-4, 1e-3), "2:4": (1e-5, 1e-2),
-}  # fmt: skip
-_RATES = (1, 2, 4)
 # Guesses for an H100; rows that were measured count instead.
 _EXPECTED_S = {
     "base": 10, "rtn": 6, "rtn_hadamard": 6, "wush_rtn": 8, "gptq": 20, "mr_gptq": 20, "wush": 25,
-    "magnitude": 6, "wanda": 8, "sparsegpt": 20, "retrain": 240, "elsa": 240,
+    "magnitude": 6, "wanda": 8, "sparsegpt": 20,
 }  # fmt: skip
 
 
@@ -37,18 +29,14 @@ def get_table(
     model: str = "SmolLM2-135M-Instruct.Q4_1.gguf",
     text: tuple[str, ...] = ("lowbit_jax/data/texts/moby-dick.txt",),
     seeds: int = 3,
-    trained_seeds: int = 1,
-    steps: int = 1000,
     quick: bool = False,
 ) -> Table:
     """Rows of this table.
 
     Args:
       model: The file.
-      text: To calibrate, train and evaluate with, disjoint pieces of it.
+      text: To calibrate and evaluate with, disjoint pieces of it.
       seeds: Of the calibration windows.
-      trained_seeds: Of the batches of methods that train; with one their orderings stay open.
-      steps: Of methods that train, at each learning rate, of 16 x 512 tokens.
       quick: MXFP4 by three methods, 16 windows of 256 tokens, perplexity on 4,096 tokens.
     """
     if quick:
@@ -76,22 +64,12 @@ def get_table(
         formats=("mxfp4", "mxfp4_fitted", "nvfp4", "int4g32", "int4g64", "int3g64", "int2g64"),
         input_formats=("mxfp4", "mxfp4_fitted", "nvfp4", "int4g32"),
         patterns=("50%", "60%", "70%", "80%", "90%", "2:4"),
-        training={
-            pattern: {
-                "steps": steps,
-                "learning_rates": tuple(factor * rate for factor in _RATES),
-                "strength": strength,
-            }
-            for pattern, (rate, strength) in _ELSA.items()
-        },
         seeds=seeds,
-        trained_seeds=trained_seeds,
     )
     return Table(
         rows=tuple(rows),
         name="SmolLM2-135M-Instruct (Q4_1)",
         model=model,
         text=text,
-        train_batch_size=16,
         expected_s=_EXPECTED_S,
     )

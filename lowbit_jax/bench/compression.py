@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lowbit_jax.bench.compression_report import results_markdown, save_plots
-from lowbit_jax.bench.compression_rows import Table, expected_s, method_of, run_order
+from lowbit_jax.bench.compression_rows import TRAINED, Table, expected_s, method_of, run_order
 from lowbit_jax.bench.compression_subject import Subject, load_subject
 from lowbit_jax.files import write_atomically
 from lowbit_jax.train.config import UsageError, load_config_file, parse_knobs
@@ -226,12 +226,15 @@ def _identity(row: Row, seed: int, table: Table) -> dict[str, Any]:
 def _difference(row: Row, table: Table, record: Record | None) -> str | None:
     """In what a line is not what the table asks for; None if in nothing.
 
-    Settings that tables have gained or lost since do not count.
+    Settings that tables have gained or lost since do not count, nor do those of training for rows
+    that do not train.
     """
     if record is None:
         return None
     wanted = json.loads(json.dumps(_identity(row, 0, table)))
     settings = set(wanted["settings"]) & set(record["settings"])
+    if row.arguments.get("method") not in TRAINED:
+        settings = {name for name in settings if not name.startswith("train_")}
     names = {"arguments": {*wanted["arguments"], *record["arguments"]}, "settings": settings}
     for part in names:
         for name in sorted(names[part]):

@@ -260,22 +260,16 @@ def language_model_rows(
     formats: Sequence[str],
     input_formats: Sequence[str],
     patterns: Sequence[str],
-    pruning: Sequence[str] = (*ONE_SHOT, *TRAINED),
-    training: Mapping[str, Mapping[str, Any]] | None = None,
     seeds: int = 3,
-    trained_seeds: int = 1,
 ) -> list[Row]:
-    """All rows of a language model: as it is, quantized, pruned.
+    """All rows of a language model that do not train: as it is, quantized, pruned.
 
     Args:
       config: File of the table.
       formats: Of weights alone.
       input_formats: Of these those that quantize inputs, too, and the model with outliers.
       patterns: See `sparsity_rows`.
-      pruning: Its methods.
-      training: See `sparsity_rows`; "0%" is the dense model, trained on as long as Elsa.
       seeds: Of calibration windows.
-      trained_seeds: Of methods that train.
     """
     rows = [base_row(config), base_row(config, outliers=True)]
     for is_injected in (False, True):
@@ -284,14 +278,24 @@ def language_model_rows(
         )
     rest = [format for format in formats if format not in input_formats]
     rows += quantization_rows(config, rest, seeds=seeds)
-    if training and "0%" in training:
-        rows += sparsity_rows(
-            config, ("0%",), methods=("retrain",), training=training, trained_seeds=trained_seeds
-        )
-    return rows + sparsity_rows(
-        config, patterns, methods=pruning, training=training, seeds=seeds,
-        trained_seeds=trained_seeds,
-    )  # fmt: skip
+    return rows + sparsity_rows(config, patterns, methods=ONE_SHOT, seeds=seeds)
+
+
+def elsa_rows(
+    config: str, training: Mapping[str, Mapping[str, Any]], *, seeds: int = 1
+) -> list[Row]:
+    """Elsa beside SparseGPT and the retrained mask of SparseGPT, all at each pattern.
+
+    Args:
+      config: File of the table.
+      training: See `sparsity_rows`; its keys are the patterns, of which "0%" is the dense model,
+        trained on as long as Elsa.
+      seeds: Of the batches, and of the windows for the masks.
+    """
+    how: dict[str, Any] = {"training": training, "seeds": seeds, "trained_seeds": seeds}
+    rows = [base_row(config), *sparsity_rows(config, ("0%",), methods=("retrain",), **how)]
+    patterns = [pattern for pattern in training if pattern != "0%"]
+    return rows + sparsity_rows(config, patterns, methods=("sparsegpt", "retrain", "elsa"), **how)
 
 
 def run_order(rows: Sequence[Row]) -> list[tuple[Row, int]]:

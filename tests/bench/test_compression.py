@@ -21,6 +21,7 @@ from lowbit_jax.bench.compression_report import results_markdown, save_plots
 from lowbit_jax.bench.compression_rows import (
     Table,
     base_row,
+    elsa_rows,
     expected_s,
     format_of,
     language_model_rows,
@@ -77,29 +78,31 @@ def test_arguments_of_a_row_name_its_method():
 
 
 def test_rows_have_their_seeds_and_run_in_order_of_cost():
-    training = {p: {"steps": 4} for p in ("0%", "2:4")}
     rows = language_model_rows(
         "t.py",
         formats=("mxfp4", "int3g64"),
         input_formats=("mxfp4",),
         patterns=("2:4",),
-        training=training,
         seeds=2,
     )
+    assert len(rows) == 2 + 2 * 2 * 6 + 6 + 3
+    trained = elsa_rows("t.py", {p: {"steps": 4} for p in ("0%", "50%")})
+    assert len(trained) == 1 + 1 + 3
+    rows += trained[1:]
     by_name = {row.name: row for row in rows}
-    assert len(by_name) == len(rows) == 2 + 2 * 2 * 6 + 6 + 1 + 5
+    assert len(by_name) == len(rows)
     assert by_name["mxfp4-w4a4-rtn"].seeds == (0,)
     assert by_name["mxfp4-w4a4-gptq-outliers"].seeds == (0, 1)
     assert by_name["mxfp4-w4a4-gptq-outliers"].baseline == "base-outliers"
     assert by_name["int3g64-w3a16-gptq"].group == "INT3G64, W3A16"
-    assert method_of(by_name["s2to4-retrain"].arguments).mask_solver == "sparsegpt"
+    assert method_of(by_name["s50-retrain"].arguments).mask_solver == "sparsegpt"
     order = [(row.name, seed) for row, seed in run_order(rows)]
     place = {name: i for i, name in enumerate(order)}
     assert order[0] == ("base", 0)
     for cheap, dear in (
         (("s2to4-magnitude", 0), ("mxfp4-w4a4-gptq", 0)),
         (("s2to4-wanda", 0), ("s0-retrain", 0)),
-        (("s2to4-elsa", 0), ("mxfp4-w4a4-gptq", 1)),
+        (("s50-elsa", 0), ("mxfp4-w4a4-gptq", 1)),
     ):
         assert place[cheap] < place[dear]
 
