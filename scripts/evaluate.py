@@ -20,6 +20,7 @@ from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ptq.methods import with_activations
 from lowbit_jax.ptq.perplexity import perplexity
+from lowbit_jax.ptq.products import describe_products, kernel_obstacle, through_kernel
 from lowbit_jax.ptq.quantized_directory import is_quantized_directory, load_quantized
 from lowbit_jax.ptq.texts import read_tokens, tokenizer_of
 from lowbit_jax.rotations import Hadamard
@@ -36,6 +37,7 @@ def main(
     dtype: str = "bfloat16",
     activations: str | None = None,
     rotation: int | None = None,
+    implementation: str | None = None,
 ) -> int:
     """Predicts a text and prints the perplexity, with the window, stride and tokens that it is of.
 
@@ -54,6 +56,11 @@ def main(
         codes says, else not quantized.
       rotation: Block of a Hadamard transform of inputs, and of weights, before that. Codes bring
         their own.
+      implementation: Of the products with quantized operands; what was taken, and why, is printed.
+        mixed_matmul: our kernel for codes of 4 bits and inputs that are not quantized, on a Hopper
+        GPU; dequantize: decoded, then a dense product; or another name that
+        lowbit_jax.ops.quantized_dot knows. None: mixed_matmul where it covers the model, else
+        chosen for each product.
     """
     try:
         presets = {name.lower(): s for name, s in PRESETS.items() if not s.needs_key}
@@ -78,6 +85,11 @@ def main(
             hadamard = None if rotation is None else Hadamard(rotation)
             rules = llama_rules(DotRecipe(y_x=spec, rotation=hadamard))
             llama = Llama(dataclasses.replace(llama.config, recipe_rules=rules))
+        obstacle = kernel_obstacle(llama, params) if implementation is None else None
+        if implementation == "mixed_matmul" or (implementation, obstacle) == (None, None):
+            llama, params = through_kernel(llama, params)
+        elif implementation is not None:
+            llama = Llama(dataclasses.replace(llama.config, implementation=implementation))
         tokens = read_tokens(text, tokenizer_of(model, loaded, tokenizer), max_tokens)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("windows", total=None)
@@ -85,10 +97,13 @@ def main(
                 llama, params, tokens, window=window, stride=stride, batch_size=batch_size,
                 on_batch=lambda done, total: bar.update(task, completed=done, total=total),
             )  # fmt: skip
-    except (ValueError, OSError) as error:
+        products = describe_products(llama, params, window, batch_size)
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(found)
+    if products:
+        print(f"products: {products}" + (f"; the kernel: {obstacle}" if obstacle else ""))
     return 0
 
 

@@ -65,7 +65,9 @@ def test_codes_are_multiplied_with_the_inputs_that_are_asked_for(evaluate, folde
     for name, spec in ((None, MXFP4), ("none", None)):
         text = (str(folder / "text.txt"),)
         assert evaluate(folder / "model", text, max_tokens=100, activations=name, **SHORT) == 0
-        printed = re.search(r"loss ([\d.]+)", capsys.readouterr().out)[1]
+        out = capsys.readouterr().out
+        printed = re.search(r"loss ([\d.]+)", out)[1]
+        assert re.search(r"^products: dequantize \(", out, re.MULTILINE)
         given = with_activations(params, spec)
         # Exact, to the digits that are printed: the same codes, the rest in float32.
         assert printed == f"{perplexity(MODEL, given, tokens[:100], window=32).loss:.4f}"
@@ -78,6 +80,9 @@ def test_codes_are_multiplied_with_the_inputs_that_are_asked_for(evaluate, folde
     [
         ({"activations": "mxfp4", "rotation": 32}, "a directory of codes has its own"),
         ({"activations": "mxfp5"}, "must be none or one of"),
+        ({"implementation": "mixed_matmul"}, "rows must be a multiple of 64"),
+        ({"activations": "none", "implementation": "hopper"}, "does not cover"),
+        ({"implementation": "cutlass"}, "must be None or one of"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(evaluate, folder, capsys, options, said):
