@@ -280,6 +280,8 @@ class LlamaSubject:
         if method.activations is None:
             # Float weights in the original basis: all such rows run what was compiled once.
             return self.model, quantized_params(params, blocks, compression), bits
+        # Inputs in NVFP4 take the abs-max of a batch, for RTN needs no calibration to have another.
+        blocks = [block._replace(input_absmax={}) for block in blocks]
         return *quantized_model(self.model, params, blocks, method), bits
 
     def _pruned(
