@@ -194,6 +194,11 @@ class _Kind:
 
 def _read_kind(path: pathlib.Path, found: Mapping[str, Any]) -> _Kind:
     """That of the `quantization_config` of a directory."""
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"load_quantized: quantization_config of {path} must be an object, got {found!r}; fetch"
+            " config.json again."
+        )
     ours, method = found.get(OURS), found.get("quant_method")
     groups = found.get("config_groups", {})
     if (method != OURS or ours is None) and (

@@ -332,6 +332,9 @@ def test_each_loader_names_the_other(params, tmp_path):
     (path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="one of the formats e2m1"):
         load_quantized(path)
+    (path / "config.json").write_text(json.dumps(record | {"quantization_config": "nvfp4"}))
+    with pytest.raises(ValueError, match="must be an object, got 'nvfp4'"):
+        load_quantized(path)
     record.pop("quantization_config")
     (path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="load_pretrained reads"):

@@ -57,6 +57,7 @@ def config_from_json(record: Mapping[str, Any], **fields: Any) -> LlamaConfig:
             f" {model_type!r} and architectures {architectures}; other models need code of"
             " their own."
         )
+    _check_types(record)
     if record.get("quantization_config") is not None:
         method = record["quantization_config"].get("quant_method")
         raise ValueError(
@@ -73,12 +74,6 @@ def config_from_json(record: Mapping[str, Any], **fields: Any) -> LlamaConfig:
             f"config_from_json: config.json must have {', '.join(_SHAPE_KEYS)}, got none of"
             f" {', '.join(missing)}; copy config.json from the original model once more."
         )
-    for key in _SHAPE_KEYS:
-        if not isinstance(record[key], int) or isinstance(record[key], bool):
-            raise ValueError(
-                f"config_from_json: {key} must be an integer, got {record[key]!r}; copy config.json"
-                " from the original model once more."
-            )
     shape = {field: record[key] for key, field in _SHAPE_KEYS.items()}
     d_head = record.get("head_dim", family.d_head)
     # A width that the others give is no override: the config of a plain shape stays plain.
@@ -190,6 +185,8 @@ _SHAPE_KEYS = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
 }
+_INTEGER_KEYS = ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers")
+_OBJECT_KEYS = ("rope_scaling", "rope_parameters", "quantization_config")
 
 
 def _refuse(name: str, got: Any, wanted: Any) -> None:
@@ -202,10 +199,7 @@ def _refuse(name: str, got: Any, wanted: Any) -> None:
 
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(
-            f"config_from_json: {name} must be a positive number, got {value!r}; copy config.json"
-            " from the original model once more."
-        )
+        raise _damaged(name, "a positive number", value)
     return float(value)
 
 
@@ -232,6 +226,27 @@ def _read_window(record: Mapping[str, Any], family: Family) -> int | None:
     return window if True in kinds else None
 
 
+def _check_types(record: Mapping[str, Any]) -> None:
+    """What config.json holds is of the type that is read; what is null is not there."""
+    kinds = (
+        (_OBJECT_KEYS, Mapping, "an object"),
+        ((*_SHAPE_KEYS, *_INTEGER_KEYS), int, "an integer"),
+    )
+    for keys, kind, said in kinds:
+        for key in keys:
+            value = record.get(key)
+            is_wrong = not isinstance(value, kind) or isinstance(value, bool)
+            if is_wrong and (value is not None or (key in record and key in _SHAPE_KEYS)):
+                raise _damaged(key, said, value)
+
+
+def _damaged(what: str, said: str, value: Any) -> ValueError:
+    return ValueError(
+        f"config_from_json: {what} must be {said}, got {value!r}; copy config.json from the"
+        " original model once more."
+    )
+
+
 def _read_rope(record: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Base and scaling: `rope_parameters` of transformers 5, or the two keys of those before."""
     found = record.get("rope_parameters") or {}
@@ -240,16 +255,21 @@ def _read_rope(record: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     for part in (found, record):
         _refuse("partial_rotary_factor", part.get("partial_rotary_factor", 1.0), 1.0)
     rope_type = found.get("rope_type", found.get("type", "default"))
+
+    def number(key: str) -> float:
+        return _positive(f"{key} of the rope scaling", found[key])
+
     try:
         if rope_type == "default":
             return theta, None
         if rope_type == "linear":
-            return theta, LinearRopeScaling(float(found["factor"]))
+            return theta, LinearRopeScaling(number("factor"))
         if rope_type == "llama3":
             length = found.get("original_max_position_embeddings")
             length = record["max_position_embeddings"] if length is None else length
-            low, high = (float(found[f"{name}_freq_factor"]) for name in ("low", "high"))
-            return theta, Llama3RopeScaling(float(found["factor"]), low, high, int(length))
+            low, high = number("low_freq_factor"), number("high_freq_factor")
+            length = int(_positive("original_max_position_embeddings", length))
+            return theta, Llama3RopeScaling(number("factor"), low, high, length)
     except KeyError as error:
         raise ValueError(
             f"config_from_json: rope scaling of type {rope_type!r} must have {error}, got {found};"

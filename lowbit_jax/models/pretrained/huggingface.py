@@ -336,7 +336,12 @@ def open_weights(path: pathlib.Path) -> dict[str, SafetensorsFile]:
             )
         file = open_safetensors(found[0])
         return dict.fromkeys(file.entries, file)
-    weight_map = read_json(path / _INDEX).get("weight_map", {})
+    weight_map = read_json(path / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"load_pretrained: {_INDEX} of {path} must say in weight_map which file holds each"
+            f" tensor, got {weight_map!r}; fetch it again."
+        )
     files = {}
     for name in sorted(set(weight_map.values())):
         if not (path / name).is_file():

@@ -163,6 +163,13 @@ def test_what_a_family_leaves_out_is_what_its_code_fills_in():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be"),
         ({"hidden_size": "4096"}, "hidden_size must be an integer, got '4096'"),
         ({"num_attention_heads": None}, "num_attention_heads must be an integer, got None"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads must be an integer, got '2'"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "x"}},
+            "factor of the rope scaling must be a positive number, got 'x'",
+        ),
+        ({"quantization_config": "nvfp4"}, "quantization_config must be an object, got 'nvfp4'"),
         ({"rope_theta": None}, "rope_theta must be a positive number, got None"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be a positive number"),
     ],

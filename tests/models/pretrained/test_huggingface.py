@@ -237,6 +237,9 @@ def test_damaged_directories_are_refused(saved, tmp_path):
     file.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="must list every tensor"):
         load_pretrained(tmp_path / "copy")
+    damaged(index).write_text('{"weight_map": []}')
+    with pytest.raises(ValueError, match=r"weight_map which file holds each tensor, got \[\]"):
+        load_pretrained(tmp_path / "copy")
     damaged("config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load_pretrained(tmp_path / "copy")
