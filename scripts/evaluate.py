@@ -11,18 +11,17 @@ import pathlib
 import sys
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 
 from lowbit_jax.models import Llama, llama_rules
 from lowbit_jax.models.pretrained import load_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.ops.dot_recipe import DotRecipe
+from lowbit_jax.progress import Progress
 from lowbit_jax.ptq.methods import with_activations
 from lowbit_jax.ptq.perplexity import perplexity
 from lowbit_jax.ptq.products import describe_products, kernel_obstacle, through_kernel
 from lowbit_jax.ptq.quantized_directory import is_quantized_directory, load_quantized
-from lowbit_jax.ptq.texts import read_tokens, tokenizer_of
+from lowbit_jax.ptq.texts import read_tokens, text_warnings, tokenizer_of
 from lowbit_jax.rotations import Hadamard
 
 
@@ -91,7 +90,9 @@ def main(
         elif implementation is not None:
             llama = Llama(dataclasses.replace(llama.config, implementation=implementation))
         tokens = read_tokens(text, tokenizer_of(model, loaded, tokenizer), max_tokens)
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        for warning in text_warnings(loaded, window):
+            print(f"warning: {warning}", file=sys.stderr)
+        with Progress(transient=True) as bar:
             task = bar.add_task("windows", total=None)
             found = perplexity(
                 llama, params, tokens, window=window, stride=stride, batch_size=batch_size,

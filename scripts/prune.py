@@ -12,14 +12,14 @@ import pathlib
 import sys
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 
 from lowbit_jax.data.tokenizers import BPETokenizer
 from lowbit_jax.models import Llama
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
-from lowbit_jax.ptq.finished import finish_reports, is_written
+from lowbit_jax.progress import Progress
+from lowbit_jax.ptq.finished import check_places, finish_reports, is_written, what_is_kept
+from lowbit_jax.ptq.methods import check_widths
 from lowbit_jax.ptq.sparse_methods import (
     Callbacks,
     OneShot,
@@ -30,7 +30,7 @@ from lowbit_jax.ptq.sparse_methods import (
     training_grid,
 )
 from lowbit_jax.ptq.sparse_report import save_sparse_report
-from lowbit_jax.ptq.texts import calibration_batches, read_tokens, tokenizer_of
+from lowbit_jax.ptq.texts import calibration_batches, read_tokens, text_warnings, tokenizer_of
 from lowbit_jax.ptq.windows import TrainingWindows, held_out, mean_loss
 from lowbit_jax.sparsity import parse_pattern
 from lowbit_jax.sparsity.patterns import Comparison
@@ -112,8 +112,8 @@ def main(
       keep_every_s: Seconds after which a training is kept once more.
       work: Folder in which a killed run goes on; None: OUT.work, which is removed at the end.
     """
+    kept = out.absolute().with_name(f"{out.absolute().name}.work") if work is None else work
     try:
-        kept = out.absolute().with_name(f"{out.absolute().name}.work") if work is None else work
         presets = {name.lower(): spec for name, spec in PRESETS.items() if not spec.needs_key}
         if format is not None and format not in presets:
             raise ValueError(f"--format: must be one of {', '.join(presets)}, got {format!r}.")
@@ -134,11 +134,11 @@ def main(
         }  # fmt: skip
         if is_written(out, kept, arguments):
             return finish(out, kept, removes=work is None)
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
+        check_places(out, kept)
         if not text and (how.is_trained or how.needs_calibration):
             raise ValueError(f"--text: {method} needs a text.")
         loaded = load_pretrained(model, dtype, on_host=True)
+        check_widths(loaded.model.config, pattern=how.pattern, weights=how.spec)
         llama = Llama(dataclasses.replace(loaded.model.config, recompute=recompute))
         carried, calibration, batches, validation = loaded.tokenizer_path, [], (), []
         if text or tokenizer is not None or model.is_file():
@@ -154,7 +154,10 @@ def main(
                 batches = TrainingWindows(tokens, length, batch_size, seed)
             if how.needs_calibration or not how.is_trained:
                 calibration = calibration_batches(tokens, samples, length, batch_size, seed)
-        with Progress(console=Console(stderr=True)) as bar:
+            needed = len(tokens) if calibration else None
+            for warning in text_warnings(loaded, length, needed, samples):
+                print(f"warning: {warning}", file=sys.stderr)
+        with Progress() as bar:
             options = {
                 "calibration": calibration, "batches": batches, "folder": kept,
                 "on": progress(bar, how, llama.config.n_layers if calibration else 0),
@@ -183,6 +186,8 @@ def main(
         return finish(out, kept, removes=work is None)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if told := what_is_kept(kept, removes=work is None):
+            print(told, file=sys.stderr)
         return 2
 
 

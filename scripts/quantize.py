@@ -12,20 +12,20 @@ import sys
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 
 from lowbit_jax.data.tokenizers import BPETokenizer
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
-from lowbit_jax.ptq.calibrate import compress_blocks
+from lowbit_jax.progress import Progress
+from lowbit_jax.ptq.calibrate import compress_blocks, over_devices
 from lowbit_jax.ptq.export import save_quantized
-from lowbit_jax.ptq.finished import finish_reports, is_written
+from lowbit_jax.ptq.finished import check_places, finish_reports, is_written, what_is_kept
 from lowbit_jax.ptq.methods import (
     Method,
     Solver,
     bits_per_weight,
     calibration_model,
+    check_widths,
     compression_of,
     quantized_model,
     quantized_params,
@@ -33,7 +33,7 @@ from lowbit_jax.ptq.methods import (
 from lowbit_jax.ptq.quantized_directory import describe_directory, is_quantized_directory
 from lowbit_jax.ptq.report import save_report
 from lowbit_jax.ptq.shared_scales import sharing_scales
-from lowbit_jax.ptq.texts import calibration_batches, read_tokens, tokenizer_of
+from lowbit_jax.ptq.texts import calibration_batches, read_tokens, text_warnings, tokenizer_of
 
 
 def main(
@@ -76,7 +76,7 @@ def main(
       rest_dtype: Of what is not quantized, beside codes: embedding, head, norms and biases.
       samples: Calibration windows.
       length: Tokens of each.
-      batch_size: Windows side by side.
+      batch_size: Windows side by side; over several GPUs, if there are, as many as divide it.
       calibration_tokens: Of the text, from which windows are drawn.
       seed: Of the places of windows.
       tokenizer: Another one than the model's: a tokenizer.json of BPE (byte-level or
@@ -85,9 +85,9 @@ def main(
       work: Folder in which blocks are kept, so that a killed run goes on; None: OUT.work, which is
         removed at the end.
     """
+    kept = out.absolute().with_name(f"{out.absolute().name}.work") if work is None else work
     try:
-        kept = out.absolute().with_name(f"{out.absolute().name}.work") if work is None else work
-        presets = {name.lower(): spec for name, spec in PRESETS.items()}
+        presets = {name.lower(): spec for name, spec in PRESETS.items() if not spec.needs_key}
         for name in (format, activations):
             if name is not None and name not in presets:
                 raise ValueError(f"formats are {', '.join(presets)}, got {name!r}.")
@@ -104,20 +104,23 @@ def main(
         }  # fmt: skip
         if is_written(out, kept, arguments):
             return finish(out, kept, removes=work is None)
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
+        check_places(out, kept)
         loaded = load_pretrained(model, dtype, on_host=True)
+        blocks_of = {"weights": spec, "inputs": inputs, "rotation": how.hadamard}
+        check_widths(loaded.model.config, **blocks_of)
         found = tokenizer_of(model, loaded, tokenizer)
         carried = loaded.tokenizer_path if tokenizer is None else None
         if carried is None and isinstance(found, BPETokenizer):
             carried = found.model
         tokens = read_tokens(text, found, calibration_tokens)
         batches = calibration_batches(tokens, samples, length, batch_size, seed)
+        for warning in text_warnings(loaded, length, len(tokens), samples):
+            print(f"warning: {warning}", file=sys.stderr)
         compression = compression_of(how)
         if not how.is_wush:  # which has a transform, and scales, for each matrix
             compression = sharing_scales(compression)
         blocks = []
-        with Progress(console=Console(stderr=True)) as bar:
+        with Progress() as bar:
             task = bar.add_task("blocks", total=loaded.model.config.n_layers)
             for block in compress_blocks(
                 calibration_model(loaded.model, how),
@@ -125,6 +128,7 @@ def main(
                 batches,
                 compression,
                 folder=kept,
+                place=over_devices(batch_size),
                 settings={"method": repr(how), "shares_scales": not how.is_wush},
             ):
                 blocks.append(block)
@@ -141,6 +145,8 @@ def main(
         return finish(out, kept, removes=work is None)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if told := what_is_kept(kept, removes=work is None):
+            print(told, file=sys.stderr)
         return 2
 
 

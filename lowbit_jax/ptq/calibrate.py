@@ -17,6 +17,7 @@ References:
 
 import dataclasses
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from lowbit_jax.models import Llama, QuantizedLinear
@@ -125,6 +127,22 @@ class _Inputs(NamedTuple):
     absmax: Array  # () float32
 
 
+def over_devices(
+    batch_size: int, devices: Sequence[Any] | None = None
+) -> Callable[[Array], Array]:
+    """A `place` for `compress_blocks`: the rows of a batch over the devices of this process.
+
+    Over all of them (`devices`: over these), or as many as divide the batch; every device holds the
+    block that is run.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    count = math.gcd(batch_size, len(devices))
+    if count == 1:
+        return jnp.asarray
+    mesh = Mesh(np.asarray(devices[:count]), ("data",))
+    return functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+
+
 def compress_blocks(
     model: Llama,
     params: Mapping[str, Any],
@@ -149,7 +167,7 @@ def compress_blocks(
       settings: What the result depends on beside model, parameters and batches, which are held
         against those of the folder anyway: the method above all. Plain data for JSON.
       place: Puts a batch of states on the device, or its rows on several: Hessians then sum over
-        all of them.
+        all of them; see `over_devices`.
 
     Raises:
       ValueError: If there are no batches, their shapes differ, they are no tokens of the model, a

@@ -7,6 +7,7 @@ shot and the same number of steps for what it left.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -70,6 +71,12 @@ class ElsaSettings:
                 f"ElsaSettings: interval must lie in 1 .. steps, got interval={self.interval} and"
                 f" steps={self.steps}; z and u would never be updated."
             )
+        for strength in (self.strength, self.final_strength):
+            if strength is not None and not 0 <= strength < math.inf:
+                raise ValueError(
+                    f"ElsaSettings: strengths must be 0 or positive, got {strength}; less of it for"
+                    " more zeros."
+                )
 
     @property
     def projection(self) -> SparseProjection:

@@ -1,4 +1,4 @@
-"""The end of a command that writes a model and then its reports, killed in between or not."""
+"""Beginning and end of a command that writes a model and then its reports, killed or not."""
 
 import json
 import pathlib
@@ -8,6 +8,28 @@ from typing import Any
 
 from lowbit_jax.files import write_atomically
 from lowbit_jax.ptq.report import REPORTS
+
+
+def check_places(out: pathlib.Path, kept: pathlib.Path) -> None:
+    """That a model can be written to `out`, and what is unfinished kept in `kept`.
+
+    Raises:
+      ValueError: If `out` is there and no empty directory, or `kept` is a file.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: must not exist yet, or be an empty directory.")
+    if kept.exists() and not kept.is_dir():
+        raise ValueError(f"--work {kept}: must be a folder, or not exist yet, got a file.")
+
+
+def what_is_kept(kept: pathlib.Path, *, removes: bool) -> str:
+    """What a user may do after an error; may remove a folder in which nothing has been done."""
+    begun = list(kept.rglob("settings.json")) if kept.is_dir() else []
+    if any(path.is_file() and path not in begun for path in kept.rglob("*")):
+        return f"what is done is kept in {kept}: the same command goes on there" if begun else ""
+    if removes and begun:
+        shutil.rmtree(kept)
+    return ""
 
 
 def is_written(out: pathlib.Path, kept: pathlib.Path, arguments: Mapping[str, Any]) -> bool:

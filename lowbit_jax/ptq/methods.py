@@ -13,6 +13,7 @@ the original basis instead, which multiply alike but for rounding, for whoever r
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lowbit_jax.models import Llama, llama_rules
+from lowbit_jax.models import Llama, LlamaConfig, llama_rules
 from lowbit_jax.models.linear import RecipeRules
 from lowbit_jax.numerics import QTensor, QuantSpec
 from lowbit_jax.numerics.scales import calibrated_global_scale
@@ -76,6 +77,8 @@ class Method:
         for spec in (self.spec, self.activations):
             if spec is not None and spec.needs_key:
                 raise ValueError(f"Method: formats must round to nearest, got {spec}.")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"Method: damping must be 0 or positive, got {self.damping}.")
 
     @property
     def is_wush(self) -> bool:
@@ -88,6 +91,29 @@ class Method:
         if self.rotation is not None:
             return Hadamard(self.rotation)
         return default_rotation(self.spec) if self.solver == "mr_gptq" else None
+
+
+def check_widths(config: LlamaConfig, **parts: Any) -> None:
+    """That blocks along the inputs divide the widths of the seven matrices.
+
+    Args:
+      config: Of the model.
+      **parts: By what they are of: formats, rotations and patterns, or None.
+
+    Raises:
+      ValueError: If not, before anything is calibrated.
+    """
+    widths = sorted({config.d_model, config.n_heads * config.head_dim, config.mlp_width})
+    for name, part in parts.items():
+        size = getattr(part, "block_size", getattr(part, "m", None))
+        wrong = [k for k in widths if isinstance(size, int) and k % size]
+        if wrong:
+            common = math.gcd(*widths)
+            raise ValueError(
+                f"check_widths: blocks of {size} ({name}: {part}) must divide the widths of all"
+                f" inputs, got {', '.join(map(str, wrong))}; powers of two up to"
+                f" {common & -common} do: see --block-size, --rotation and --pattern."
+            )
 
 
 def compression_of(method: Method) -> Compression:
@@ -130,10 +156,10 @@ def coded_weight(kept: PyTree, method: Method, input_absmax: float | None = None
     Inputs in a format with a global scale get that of `input_absmax`, in the basis of the codes.
     """
     q, transform = kept if isinstance(kept, tuple) else (kept, None)
-    scale = None
-    if input_absmax is not None and has_global_scale(method.activations):
-        scale = calibrated_global_scale(input_absmax, method.activations)
-    return CodedWeight(q, transform, method.hadamard, method.activations, scale)
+    scale, inputs = None, method.activations
+    if input_absmax is not None and inputs is not None and has_global_scale(inputs):
+        scale = calibrated_global_scale(input_absmax, inputs)
+    return CodedWeight(q, transform, method.hadamard, inputs, scale)
 
 
 def activation_rules(method: Method) -> RecipeRules:

@@ -85,7 +85,7 @@ def default_rotation(spec: QuantSpec) -> Hadamard:
     if not isinstance(size, int) or size < 2 or size & (size - 1):
         raise ValueError(
             "mr_gptq: the default rotation takes its blocks from the spec, a power of two from 2"
-            f" on, got block_size={size!r}; pass a rotation, for example Hadamard(128)."
+            f" on, got block_size={size!r}; pass a rotation (--rotation 32), or take gptq."
         )
     return Hadamard(size)
 

@@ -56,7 +56,7 @@ def describe_products(model: Llama, params: Any, window: int, batch_size: int) -
     return "; ".join(dict.fromkeys(said))
 
 
-def _logits(model: Llama) -> Callable[[Any, Array], Array]:
+def _logits(model: Llama) -> Callable[[Any, Array], Any]:
     return lambda params, tokens: model.apply({"params": params}, tokens)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from lowbit_jax.ptq.calibrate import MatrixReport
 
+# What is to be told beside the bits of codes that are not what was written.
+AS_FLOATS = " as codes; written are float32 numbers of their values, 32 bits a weight"
 REPORTS = ("report.json", "report.png", "report.txt")
 
 # Columns of the table of reasons: heading, field, format, factor.
@@ -79,7 +81,8 @@ def save_report(
     (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n")
     plot_report(folder / "report.png", reports)
     bits = settings.get("bits_per_weight")
-    last = "" if bits is None else f"{bits:.3f} bits a weight\n"
+    note = AS_FLOATS if settings.get("store") == "floats" else ""
+    last = "" if bits is None else f"{bits:.3f} bits a weight{note}\n"
     (folder / "report.txt").write_text(
         f"{report_table(reports)}\n\n{reasons_table(reports)}\n{last}"
     )

@@ -109,6 +109,8 @@ class SparseMethod:
                 f"SparseMethod: of these only sparsegpt quantizes what stays, got {self.solver}"
                 f" with {self.spec}; leave spec None, or quantize afterwards."
             )
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"SparseMethod: damping must be 0 or positive, got {self.damping}.")
         if self.steps < 1 or not self.learning_rate > 0:
             raise ValueError(
                 "SparseMethod: steps must be at least 1 and learning_rate positive, got"
@@ -315,7 +317,11 @@ def search_training(
     methods = tuple(methods)
     firsts = {_without_search(method) for method in methods}
     if len(firsts) != 1 or not methods[0].is_trained or len(set(methods)) < len(methods):
-        got = "; ".join(map(str, methods)) or "none"
+        got = "; ".join(f"{method.solver} at {method.tried}" for method in methods) or "none"
+        if len(firsts) > 1:
+            names = [field.name for field in dataclasses.fields(SparseMethod)]
+            differ = [n for n in names if len({getattr(first, n) for first in firsts}) > 1]
+            got = f"methods that differ in {', '.join(differ)}"
         raise ValueError(
             f"{who}: needs one method that trains, at different learning rates or strengths, got"
             f" {got}."

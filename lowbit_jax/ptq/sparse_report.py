@@ -11,7 +11,7 @@ from flax import traverse_util
 from jaxtyping import PyTree
 
 from lowbit_jax.models.llama import QUANTIZABLE_PATHS
-from lowbit_jax.ptq.report import REPORTS, report_table
+from lowbit_jax.ptq.report import AS_FLOATS, REPORTS, report_table
 from lowbit_jax.ptq.sparse_methods import Pruned
 from lowbit_jax.sparsity import NM, Pattern
 
@@ -91,7 +91,7 @@ def save_sparse_report(
         parts.append(f"held-out loss {before:.4f} before pruning, after it {', '.join(found)}")
     parts.append(sparsity_table(pruned.params))
     if pruned.bits_per_weight is not None:
-        parts.append(f"{pruned.bits_per_weight:.3f} bits a weight, codes and scales, mask aside")
+        parts.append(f"{pruned.bits_per_weight:.3f} bits a weight, mask aside,{AS_FLOATS}")
     _plot(folder / REPORTS[1], pruned)
     (folder / REPORTS[0]).write_text(json.dumps(record, indent=1) + "\n")
     (folder / REPORTS[2]).write_text("\n\n".join(parts) + "\n")
@@ -123,7 +123,9 @@ def _plot(path: pathlib.Path, pruned: Pruned) -> None:
         for name in dict.fromkeys(report.path for report in pruned.reports):
             rows = [r for r in pruned.reports if r.path == name]
             errors.plot([r.layer for r in rows], [r.error for r in rows], marker=".")
-        errors.set(xlabel="layer", ylabel="squared error of outputs, relative", yscale="log")
+        errors.set(xlabel="layer", ylabel="squared error of outputs, relative")
+        if any(report.error > 0 for report in pruned.reports):  # with no zeros there is none
+            errors.set_yscale("log")
     if pruned.records:
         training = next(axes)
         steps = [row.step for row in pruned.records]

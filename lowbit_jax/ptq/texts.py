@@ -99,6 +99,8 @@ def calibration_batches(
     Raises:
       ValueError: If a number is out of range or the text is shorter than a window.
     """
+    if seed < 0:
+        raise ValueError(f"calibration_batches: seed must be 0 or more, got {seed}.")
     if min(samples, length, batch_size) < 1 or samples % batch_size or len(tokens) < length:
         raise ValueError(
             "calibration_batches: samples must be a multiple of batch_size, both at least 1, and"
@@ -108,3 +110,26 @@ def calibration_batches(
     starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, samples)
     windows = tokens[starts[:, None] + np.arange(length)]
     return list(windows.reshape(-1, batch_size, length))
+
+
+def text_warnings(
+    pretrained: Pretrained, length: int, tokens: int | None = None, samples: int = 1
+) -> list[str]:
+    """What a user should know of a text and of windows, in words; no error.
+
+    Args:
+      pretrained: Whose config.json may say how many positions the model was trained with.
+      length: Tokens of a window.
+      tokens: Of the text that windows are drawn from; None: it is read as a whole.
+      samples: Windows that are drawn.
+    """
+    found = []
+    positions = pretrained.metadata.get("max_position_embeddings")
+    if positions is not None and length > positions:
+        found.append(f"windows of {length} tokens are longer than the {positions} of the model")
+    if tokens is not None and 4 * tokens < samples * length:
+        found.append(
+            f"{samples} windows of {length} tokens overlap in a text of {tokens:,} tokens: give"
+            " more text"
+        )
+    return found

@@ -38,6 +38,8 @@ class TrainingWindows:
     seed: int = 0
 
     def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"TrainingWindows: seed must be 0 or more, got {self.seed}.")
         if min(self.length, self.batch_size) < 1 or len(self.tokens) <= self.length:
             raise ValueError(
                 "TrainingWindows: length and batch_size must be at least 1, and the text longer"

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lowbit_jax.models import Llama, LlamaConfig, llama_rules
 from lowbit_jax.numerics.presets import INT4
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ops.recipes import get_recipe
-from lowbit_jax.parallel import make_mesh
 from lowbit_jax.ptq import calibrate
-from lowbit_jax.ptq.calibrate import Compression, compress_blocks
+from lowbit_jax.ptq.calibrate import Compression, compress_blocks, over_devices
 from lowbit_jax.ptq.hessian import add_inputs, empty_hessian
 from lowbit_jax.ptq.info import Info
 
@@ -246,14 +244,13 @@ def test_later_blocks_are_solved_for_quantized_activations(params):
 
 
 def test_hessians_sum_over_the_rows_of_all_devices(params):
-    place = NamedSharding(make_mesh(2), PartitionSpec("data"))
+    devices = jax.devices()[:2]
+    place = over_devices(len(BATCHES[0]), devices)
+    assert place(np.zeros((4, 2))).devices() == set(devices)
+    assert over_devices(3, devices) is jnp.asarray
     alone, cut = Recorder(), Recorder()
     list(compress_blocks(MODEL, params, BATCHES, alone.compression))
-    list(
-        compress_blocks(
-            MODEL, params, BATCHES, cut.compression, place=lambda x: jax.device_put(x, place)
-        )
-    )
+    list(compress_blocks(MODEL, params, BATCHES, cut.compression, place=place))
     for (_, a), (_, b) in zip(alone.seen, cut.seen, strict=True):
         assert a.count == b.count
         # Bound: as above.

@@ -48,8 +48,12 @@ def test_columns_that_nobody_has_are_left_out():
 def test_three_files_are_written(tmp_path, fields):
     rows = reports(**fields)
     rows[0] = dataclasses.replace(rows[0], error=0.0)  # has no logarithm
+    (tmp_path / "floats").mkdir()
+    save_report(tmp_path / "floats", rows, {"bits_per_weight": 4.25, "store": "floats"})
+    floats = (tmp_path / "floats" / "report.txt").read_text()
+    assert "4.250 bits a weight as codes; written are float32" in floats
     save_report(tmp_path, rows, {"bits_per_weight": 4.25})
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(REPORTS)
+    assert sorted(path.name for path in tmp_path.glob("report*")) == sorted(REPORTS)
     record = json.loads((tmp_path / "report.json").read_text())
     assert [MatrixReport(**row) for row in record["matrices"]] == rows
     text = (tmp_path / "report.txt").read_text()

@@ -16,7 +16,10 @@ from lowbit_jax.rotations import Hadamard
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = Llama(LlamaConfig(257, 32, 2, 2, d_ff=64, dtype="float32"))
 LOADED = types.SimpleNamespace(
-    model=LLAMA, params={}, tokenizer_path="tokenizer.json", metadata="bos, eos and length"
+    model=LLAMA,
+    params={},
+    tokenizer_path="tokenizer.json",
+    metadata={"max_position_embeddings": 256},
 )
 
 
@@ -153,3 +156,78 @@ def test_prune_writes_the_tokenizer_and_metadata(load, tmp_path, capsys):
     _, options = prune(load, tmp_path, capsys, stubs, ["save_pretrained"], "sparsegpt")
     assert options["tokenizer"] == LOADED.tokenizer_path
     assert options["metadata"] == LOADED.metadata
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"format": "int4"}, "blocks of 128 (weights"),
+        ({"block_size": 64}, "powers of two up to 32 do: see --block-size"),
+        ({"method": "gptq", "rotation": 64}, "blocks of 64 (rotation"),
+        ({"method": "gptq", "activations": "int4"}, "blocks of 128 (inputs"),
+        ({"format": "fp8_e4m3"}, "pass a rotation (--rotation 32), or take gptq"),
+        ({"format": "mxfp5"}, "formats are"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"samples": 0}, "samples=0"),
+    ],
+    ids=str,
+)
+def test_quantize_refuses_before_it_calibrates(load, tmp_path, capsys, flags, said):
+    main, calls = load("quantize", {}, ["compress_blocks"])
+    flags = {"format": "mxfp4", "samples": 8, **flags}
+    assert main(tmp_path / "m", tmp_path / "out", text=("text",), **flags) == 2
+    assert said in capsys.readouterr().err
+    assert "compress_blocks" not in calls
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"pattern": "2:5", "sparsity": None}, "blocks of 5 (pattern: 2:5)"),
+        ({"strengths": (-1.0,)}, "strengths must be 0 or positive, got -1.0"),
+        ({"damping": -1.0}, "damping must be 0 or positive, got -1.0"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+    ],
+    ids=str,
+)
+def test_prune_refuses_before_it_trains(load, tmp_path, capsys, flags, said):
+    main, calls = load("prune", {}, ["search_training"])
+    flags = {"text": ("text",), "sparsity": 0.5, "length": 32, **flags}
+    assert main(tmp_path / "m", tmp_path / "out", "elsa", **flags) == 2
+    assert said in capsys.readouterr().err
+    assert "search_training" not in calls
+
+
+@pytest.mark.parametrize("place", ["out", "work"])
+def test_files_in_the_place_of_folders_are_named(load, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    places = {"out": tmp_path / "out", place: tmp_path / "file"}
+    for script, given in (("quantize", {"format": "mxfp4"}), ("prune", {"method": "wanda"})):
+        main, calls = load(script, {}, [])
+        extra = {} if script == "quantize" else {"sparsity": 0.5}
+        assert main(tmp_path / "m", text=("text",), **places, **given, **extra) == 2
+        assert f"--{place} {tmp_path / 'file'}: must" in capsys.readouterr().err
+        assert not calls
+
+
+def test_short_texts_and_long_windows_are_warned_of(load, tmp_path, capsys):
+    main, _ = load("quantize", {}, ["compress_blocks"])
+    main(tmp_path / "m", tmp_path / "out", "mxfp4", ("text",), samples=128, length=512)
+    err = capsys.readouterr().err
+    assert "warning: windows of 512 tokens are longer than the 256 of the model" in err
+    assert "warning: 128 windows of 512 tokens overlap in a text of" in err
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_an_error_says_what_is_kept_or_leaves_nothing(load, tmp_path, capsys, is_begun):
+    main, _ = load("quantize", {}, [])
+    kept = tmp_path / "out.work"
+    kept.mkdir()
+    (kept / "settings.json").write_text("{}")
+    if is_begun:
+        (kept / "block_000.npz").write_text("")
+    flags = {"samples": 8, "length": 16, "seed": -1}
+    assert main(tmp_path / "m", tmp_path / "out", "mxfp4", ("text",), **flags) == 2
+    assert ("the same command goes on there" in capsys.readouterr().err) == is_begun
+    assert kept.exists() == is_begun
