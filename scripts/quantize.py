@@ -45,6 +45,7 @@ def main(
     block_size: int | None = None,
     rotation: int | None = None,
     activations: str | None = None,
+    transform_dtype: Literal["float32", "bfloat16"] = "float32",
     store: Literal["codes", "floats"] = "codes",
     rest_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     samples: int = 128,
@@ -71,6 +72,8 @@ def main(
       rotation: Block of a Hadamard transform before the solver; None: none, of mr_gptq its own.
       activations: Format of the inputs of all products, while the model is calibrated and of the
         model that is written; None: not quantized.
+      transform_dtype: Of the transforms of wush and wush_rtn; in bfloat16 they take half the bits
+        and cost nothing that was measured.
       store: codes, or floats: the weights at their quantized values, in the original basis and in
         float32, which any loader of float models reads; inputs are then not quantized.
       rest_dtype: Of what is not quantized, beside codes: embedding, head, norms and biases.
@@ -95,7 +98,9 @@ def main(
         if block_size is not None:
             spec = dataclasses.replace(spec, block_size=block_size)
         inputs = None if activations is None else presets[activations]
-        how = Method(method, spec, activations=inputs, rotation=rotation)
+        how = Method(
+            method, spec, activations=inputs, rotation=rotation, transform_dtype=transform_dtype
+        )
         arguments = {
             "model": str(model), "out": str(out.absolute()), "method": repr(how), "store": store,
             "text": list(text), "samples": samples, "length": length, "batch_size": batch_size,

@@ -111,6 +111,7 @@ def operand_under_scale(x: Array, global_scale: Array, call: Call) -> AnyOperand
     """`Q(x R)` as rows, under a global scale that is given: of the E4M3 rules, without gradient."""
     recipe = call.recipe
     rotation, spec = recipe.rotation_of("y"), recipe.y_x
+    assert spec is not None  # whose global scale it is
     rows = x.reshape(-1, x.shape[-1])
     if rotation is not None:
         rows = rotation.apply(rows)

@@ -127,9 +127,7 @@ class _Inputs(NamedTuple):
     absmax: Array  # () float32
 
 
-def over_devices(
-    batch_size: int, devices: Sequence[Any] | None = None
-) -> Callable[[Array], Array]:
+def over_devices(batch_size: int, devices: Sequence[Any] | None = None) -> Callable[[Array], Array]:
     """A `place` for `compress_blocks`: the rows of a batch over the devices of this process.
 
     Over all of them (`devices`: over these), or as many as divide the batch; every device holds the

@@ -32,12 +32,10 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lowbit_jax.numerics import QTensor, QuantSpec, dequantize
 from lowbit_jax.ptq.grids import Search, expand, find_grid, round_weights, with_levels
-from lowbit_jax.ptq.hessian import damped, layer_error
+from lowbit_jax.ptq.hessian import damped, layer_error, with_more_damping
 from lowbit_jax.ptq.info import Info
 
 Order = Literal["front", "activation", "min_pivot"]
-
-_MAX_FAILURES = 12
 
 
 class Factor(NamedTuple):
@@ -200,20 +198,11 @@ def factorize(
     # rounded last is the one to eliminate first.
     backward = order[::-1]
 
-    def attempt(failures):
-        fraction = damping + 0.01 * (2.0**failures - 1)
-        lower = lax.linalg.cholesky(
-            damped(matrix, fraction)[backward][:, backward], symmetrize_input=False
-        )
-        return lower, failures, jnp.asarray(fraction, jnp.float32)
+    def attempt(fraction):
+        moved = damped(matrix, fraction)[backward][:, backward]
+        return lax.linalg.cholesky(moved, symmetrize_input=False)
 
-    def has_failed(state):
-        lower, failures, _ = state
-        return ~jnp.all(jnp.isfinite(lower)) & (failures < _MAX_FAILURES)
-
-    lower, failures, fraction = lax.while_loop(
-        has_failed, lambda state: attempt(state[1] + 1), attempt(jnp.int32(0))
-    )
+    lower, fraction, failures = with_more_damping(attempt, damping)
     diagonal = jnp.diagonal(lower)
     unit = (lower / diagonal)[::-1, ::-1].T
     return Factor(unit, jnp.square(diagonal)[::-1], fraction, failures)

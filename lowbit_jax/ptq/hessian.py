@@ -5,11 +5,15 @@ With the output `x w^T`, the error that a changed weight makes on the calibratio
 SparseGPT and others need. It is a mean and not a sum: no factor depends on how much was seen.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
+
+_MAX_FAILURES = 12
 
 
 class Hessian(NamedTuple):
@@ -79,6 +83,33 @@ def damped(
     diagonal = jnp.diagonal(matrix)
     addition = jnp.where(diagonal == 0, 1, 0) + fraction * jnp.mean(diagonal)
     return matrix + jnp.diag(addition.astype(matrix.dtype))
+
+
+def with_more_damping(
+    attempt: Callable[[Float[Array, ""]], PyTree], damping: float | Float[Array, ""]
+) -> tuple[Any, Float[Array, ""], Int[Array, ""]]:
+    """`attempt(fraction)`, again with more damping as long as something of it is not finite.
+
+    A Cholesky factorisation of what is not positive definite gives NaN.
+
+    Args:
+      attempt: From a fraction as `damped` takes it to arrays.
+      damping: The first fraction; what follow are `damping` + 0.01, 0.03, 0.07, ...
+
+    Returns:
+      The arrays, the last fraction and how many attempts failed, 12 at most: then NaN are left.
+    """
+
+    def tried(failures):
+        fraction = damping + 0.01 * (2.0**failures - 1)
+        return attempt(fraction), jnp.asarray(fraction, jnp.float32), failures
+
+    def has_failed(state):
+        found, _, failures = state
+        is_finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found)]
+        return ~jnp.all(jnp.stack(is_finite)) & (failures < _MAX_FAILURES)
+
+    return lax.while_loop(has_failed, lambda state: tried(state[2] + 1), tried(jnp.int32(0)))
 
 
 def layer_error(

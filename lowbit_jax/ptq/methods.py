@@ -52,6 +52,8 @@ class Method:
         that of the format.
       search: Of scales, see `grids.find_grid`; None: that of the format, of mr_gptq its own.
       damping: Of the Hessian, see `gptq`.
+      transform_dtype: Of the transforms of WUSH as they are kept, float32 or bfloat16, of half the
+        size: see `wush`.
 
     Raises:
       ValueError: If there is no such solver, or what it cannot have was given.
@@ -63,6 +65,7 @@ class Method:
     rotation: int | None = None
     search: Search | None = None
     damping: float = 0.01
+    transform_dtype: str = "float32"
 
     def __post_init__(self):
         if self.solver not in get_args(Solver):
@@ -77,6 +80,10 @@ class Method:
         for spec in (self.spec, self.activations):
             if spec is not None and spec.needs_key:
                 raise ValueError(f"Method: formats must round to nearest, got {spec}.")
+        if self.transform_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"Method: transform_dtype must be float32 or bfloat16, got {self.transform_dtype}."
+            )
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"Method: damping must be 0 or positive, got {self.damping}.")
 
@@ -132,7 +139,8 @@ def compression_of(method: Method) -> Compression:
         matrix, spec = hessian.matrix, method.spec
         if method.is_wush:
             inner, options = ("rtn", {}) if method.solver == "wush_rtn" else ("gptq", damping)
-            q, info = wush_quantize(w, matrix, spec, solver=inner, search=search, **options)
+            options = {**options, "search": search, "dtype": method.transform_dtype}
+            q, info = wush_quantize(w, matrix, spec, solver=inner, **options)
             return (q, info.transform), info
         if method.solver == "mr_gptq":
             return mr_gptq(w, matrix, spec, rotation=rotation, search=method.search, **damping)

@@ -14,7 +14,7 @@ damping of GPTQ is relative to H' and not to H.
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,15 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.numerics import QTensor, QuantSpec
 from lowbit_jax.ptq.gptq import gptq
-from lowbit_jax.ptq.hessian import damped
+from lowbit_jax.ptq.hessian import damped, with_more_damping
 from lowbit_jax.ptq.info import Info
 from lowbit_jax.ptq.rtn import rtn
-from lowbit_jax.rotations.wush import BlockTransform, block_moments, wush
+from lowbit_jax.rotations.wush import (
+    BlockTransform,
+    block_moments,
+    damped_moments,
+    wush_of_factor,
+)
 
 Moments = Literal["marginal", "schur"]
 Solver = Literal["gptq", "rtn"]
@@ -42,11 +47,28 @@ Solver = Literal["gptq", "rtn"]
 class WushInfo(Info):
     """`Info` with the transform that the layer's inputs need.
 
+    `failures` counts the factorisations of the transform and of the solver, `damping` is the larger
+    of theirs.
+
     Attributes:
       transform: A `BlockTransform`; the layer is `transform.apply(x) @ dequantize(q).T`.
     """
 
     transform: Any
+
+
+class LayerTransform(NamedTuple):
+    """What `wush_transform` found.
+
+    Attributes:
+      transform: Of the layer's inputs.
+      damping: That the moments got, as a fraction; see `with_more_damping`.
+      failures: Factorisations that failed; where the last did, too, the transform is NaN.
+    """
+
+    transform: BlockTransform
+    damping: Array
+    failures: Array
 
 
 @functools.partial(
@@ -61,8 +83,10 @@ def wush_transform(
     has_hadamard: bool = True,
     damping: float = 0.01,
     dtype: DTypeLike = jnp.float32,
-) -> BlockTransform:
+) -> LayerTransform:
     """The transforms of a layer, from its weights and its Hessian.
+
+    Moments that are not positive definite are damped more, as GPTQ's Hessian is.
 
     Args:
       w: `(n, k)` weights; for layers that share a transform, their rows.
@@ -78,16 +102,22 @@ def wush_transform(
     Raises:
       ValueError: If the block size does not divide k, or there are no such moments.
     """
-    if moments == "marginal":
-        blocks = block_moments(matrix, block_size)
-    elif moments == "schur":
-        lower = block_moments(lax.linalg.cholesky(damped(matrix, damping)), block_size)
-        blocks = jnp.matmul(lower, lower.swapaxes(-1, -2), precision="highest")
-    else:
+    if moments not in get_args(Moments):
         raise ValueError(
             f"wush_transform: moments must be one of {get_args(Moments)}, got {moments!r}."
         )
-    return wush(w, blocks, has_hadamard=has_hadamard, damping=damping, dtype=dtype)
+
+    def attempt(fraction):
+        if moments == "marginal":
+            blocks = block_moments(matrix, block_size)
+        else:
+            factor = block_moments(lax.linalg.cholesky(damped(matrix, fraction)), block_size)
+            blocks = jnp.matmul(factor, factor.swapaxes(-1, -2), precision="highest")
+        return jnp.linalg.cholesky(damped_moments(blocks, fraction))
+
+    lower, fraction, failures = with_more_damping(attempt, damping)
+    found = wush_of_factor(w, lower, has_hadamard=has_hadamard, damping=damping, dtype=dtype)
+    return LayerTransform(found, fraction, failures)
 
 
 def transform_layer(
@@ -139,15 +169,16 @@ def wush_quantize(
         raise ValueError(
             f"wush_quantize: solver must be one of {get_args(Solver)}, got {solver!r}."
         )
-    used = transform
-    if used is None:
+    if transform is not None:
+        found = LayerTransform(transform, jnp.float32(0), jnp.int32(0))
+    else:
         size = block_size or spec.block_size
         if not isinstance(size, int):
             raise ValueError(
                 f"wush_quantize: needs the size of a block, got block_size=None and {spec}; pass"
                 " block_size=32 or another power of two."
             )
-        used = wush_transform(
+        found = wush_transform(
             w,
             matrix,
             size,
@@ -157,5 +188,6 @@ def wush_quantize(
             dtype=dtype,
         )
     solve = {"gptq": gptq, "rtn": rtn}[solver]
-    q, info = solve(*transform_layer(w, matrix, used), spec, **options)
-    return q, WushInfo(info.error, info.damping, info.failures, used)
+    q, info = solve(*transform_layer(w, matrix, found.transform), spec, **options)
+    damping = jnp.maximum(info.damping, found.damping)
+    return q, WushInfo(info.error, damping, info.failures + found.failures, found.transform)

@@ -115,19 +115,40 @@ def wush(
             f"wush: weights (n, k) go with moments (k // B, B, B), got {w.shape} and"
             f" {moments.shape}; see block_moments."
         )
+    lower = jnp.linalg.cholesky(damped_moments(moments, damping))
+    return wush_of_factor(w, lower, has_hadamard=has_hadamard, damping=damping, dtype=dtype)
+
+
+def damped_moments(
+    moments: Float[Array, "c b b"], fraction: float | Float[Array, ""]
+) -> Float[Array, "c b b"]:
+    """Each block with that fraction of its mean diagonal added; one of zeros becomes the identity.
+
+    For inputs that were always zero any T will do.
+    """
     work = jnp.promote_types(moments.dtype, jnp.float32)
     diagonal = jnp.mean(jnp.diagonal(moments, axis1=-2, axis2=-1), axis=-1)
-    # Blocks whose inputs or weights are all zero: any T will do.
-    added = jnp.where(diagonal == 0, 1, damping * diagonal)
-    moments = moments.astype(work) + added[:, None, None] * jnp.eye(size, dtype=work)
-    lower = jnp.linalg.cholesky(moments)  # R^T
+    added = jnp.where(diagonal == 0, 1, fraction * diagonal).astype(work)
+    return moments.astype(work) + added[:, None, None] * jnp.eye(moments.shape[-1], dtype=work)
+
+
+def wush_of_factor(
+    w: Shaped[Array, "n k"],
+    lower: Float[Array, "c b b"],
+    *,
+    has_hadamard: bool = True,
+    damping: float = 0.01,
+    dtype: DTypeLike = jnp.float32,
+) -> BlockTransform:
+    """`wush` from the Cholesky factors R^T of the damped moments; computed in their dtype."""
+    count, size, work = lower.shape[0], lower.shape[-1], lower.dtype
     blocks = w.astype(work).reshape(-1, count, size).transpose(1, 2, 0)
     y = jnp.matmul(lower.swapaxes(-1, -2), blocks, precision="highest") / len(w) ** 0.5
-    # V and S are those of a triangular factor, B x B instead of B x n.
-    factor = jnp.linalg.qr(y.swapaxes(-1, -2), mode="r").swapaxes(-1, -2)
-    v, s, _ = jnp.linalg.svd(factor, full_matrices=False)
-    if factor.shape[-1] < size:  # fewer rows of weights than channels: the rest of the basis
-        v, s, _ = jnp.linalg.svd(jnp.pad(factor, [(0, 0), (0, 0), (0, size - factor.shape[-1])]))
+    # V of y y^T, for GPUs take tens of milliseconds for singular values of such blocks and one for
+    # this; S as the lengths of V^T y, which have the accuracy that roots of eigenvalues lose.
+    _, v = jnp.linalg.eigh(jnp.matmul(y, y.swapaxes(-1, -2), precision="highest"))
+    v = v[..., ::-1]  # the largest first
+    s = jnp.linalg.norm(jnp.matmul(v.swapaxes(-1, -2), y, precision="highest"), axis=-1)
     mean = jnp.mean(s, axis=-1, keepdims=True)
     s = jnp.where(mean == 0, 1, s + damping * mean)
     # V^T R^-T by a triangular solve: (R^-1 V)^T.

@@ -121,9 +121,27 @@ def test_the_error_is_that_of_the_layer():
     assert int(info.failures) == 0
 
 
+@pytest.mark.parametrize("moments", ["marginal", "schur"])
+def test_moments_that_are_not_positive_definite_get_more_damping_and_are_told(moments):
+    _, w, h = layer(0)
+    broken = h.at[5, 5].add(-2 * h[5, 5])
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(np.asarray(broken, np.float64))
+    q, info = wush_quantize(w, broken, INT4_32, solver="rtn", moments=moments)
+    assert int(info.failures) > 0
+    # 0.01, 0.02, 0.04, ...: the first that makes the blocks positive definite.
+    assert float(info.damping) > 0.01
+    assert np.isfinite(info.transform.matrices).all()
+    assert np.isfinite(dequantize(q)).all()
+    _, fine = wush_quantize(w, h, INT4_32, solver="rtn", moments=moments)
+    assert (int(fine.failures), float(fine.damping)) == (0, np.float32(0.01))
+    _, lost = wush_quantize(w, h.at[0, 0].set(jnp.nan), INT4_32, solver="rtn", moments=moments)
+    assert not np.isfinite(float(lost.error))  # which callers refuse
+
+
 def test_a_transform_in_bfloat16_costs_nothing_and_may_be_shared():
     _, w, h = layer(0)
-    shared = wush_transform(jnp.concatenate([w, 0.5 * w]), h, 32, dtype=jnp.bfloat16)
+    shared = wush_transform(jnp.concatenate([w, 0.5 * w]), h, 32, dtype=jnp.bfloat16).transform
     _, low = wush_quantize(w, h, MXFP4_FITTED, solver="rtn", transform=shared)
     _, high = wush_quantize(w, h, MXFP4_FITTED, solver="rtn")
     assert low.transform.matrices.dtype == jnp.bfloat16
