@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from lowbit_jax.optim import (
+    SPLIT_E4M3,
     AdmmState,
     adam_second_moments,
     admm,
@@ -81,11 +82,12 @@ def recovered(x, truth):
 
 @pytest.mark.parametrize(
     ("make", "options"),
-    [(elsa, {"strength": s, "interval": i}) for s, i in ((0.01, 8), (0.1, 32), (1.0, 8))]
+    [(elsa, {"strength": s, "interval": i}) for s in (0.01, 0.1, 1.0) for i in (8, 32)]
     + [
         (elsa, {"strength": 0.1, "interval": 8, "is_objective_aware": True}),
         (elsa, {"strength": admm_strength(0.0, 0.1, STEPS), "interval": 8}),
         (elsa_low_precision, {"strength": 0.1, "interval": 8}),
+        (elsa_low_precision, {"strength": 0.1, "interval": 8, "u": SPLIT_E4M3}),
     ],
     ids=lambda x: getattr(x, "__name__", None) or "-".join(str(v)[:5] for v in x.values()),
 )

@@ -84,20 +84,21 @@ def test_rounding_to_nearest_has_the_references_errors(spec, expected):
 @pytest.mark.parametrize(
     ("spec", "both", "weights"),
     [
-        (MXFP4_FITTED, [0.0138, 0.0077, 0.0074], [0.0015, 0.0013, 0.0014]),
-        (NVFP4, [0.0104, 0.0057, 0.0056], [0.0011, 0.0010, 0.0010]),
+        (MXFP4_FITTED, [0.0277, 0.0138, 0.0077, 0.0074], [0.0047, 0.0015, 0.0013, 0.0014]),
+        (NVFP4, [0.0102, 0.0104, 0.0057, 0.0056], [0.0023, 0.0011, 0.0010, 0.0010]),
     ],
     ids=["mxfp4", "nvfp4"],
 )
 def test_gptq_has_the_references_errors(spec, both, weights):
     size = spec.block_size
-    transforms = [four_transforms(size)[1], {"moments": "schur"}, {}]
+    transforms = [*four_transforms(size)[:2], {"moments": "schur"}, {}]
     errors = mean_errors(spec, "gptq", transforms)
     # As above; the reference finds scales while it goes along, ours are fixed before.
     np.testing.assert_allclose(errors[:, 0], both, rtol=0.05)
-    # Printed to two digits, so that half of the last is 5 % more.
+    # Printed to two digits, so that half of the last is 5 % more: NVFP4 alone has .0025 for .0023,
+    # where the reference renews the global scale from block to block.
     np.testing.assert_allclose(errors[:, 1], weights, rtol=0.1)
-    assert errors[2, 0] < errors[1, 0] < errors[0, 0]
+    assert errors[3, 0] < errors[2, 0] < errors[1, 0]
 
 
 def test_weights_and_inputs_share_the_error():
