@@ -69,7 +69,7 @@ def test_import_takes_the_config_with_its_knobs(load, capsys):
     assert module.main(["models/x", "runs/start"]) == 2
     assert "usage" in capsys.readouterr().err
     assert module.main(["models/x", "runs/start", "missing.py"]) == 2
-    assert "error: missing.py" in capsys.readouterr().err
+    assert "no file missing.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
