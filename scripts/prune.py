@@ -10,6 +10,7 @@ import dataclasses
 import math
 import pathlib
 import sys
+from typing import Literal
 
 import tyro
 
@@ -18,8 +19,10 @@ from lowbit_jax.models import Llama
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
 from lowbit_jax.numerics import PRESETS
 from lowbit_jax.progress import Progress
+from lowbit_jax.ptq.export import save_quantized
 from lowbit_jax.ptq.finished import check_places, finish_reports, is_written, what_is_kept
 from lowbit_jax.ptq.methods import check_widths
+from lowbit_jax.ptq.quantized_directory import describe_directory, is_quantized_directory
 from lowbit_jax.ptq.sparse_methods import (
     Callbacks,
     OneShot,
@@ -47,6 +50,7 @@ def main(
     per: Comparison | None = None,
     budget: Budget = "leaf",
     format: str | None = None,
+    store: Literal["codes", "floats"] = "codes",
     damping: float = 0.01,
     mask: OneShot = "magnitude",
     steps: int = 4096,
@@ -73,7 +77,8 @@ def main(
     weight on the device, and are for more. retrain trains what a mask has left as long as elsa
     would: give both the same --steps, --text and --learning-rates to see what elsa is worth.
 
-    The directory holds dense float32 files with zeros in them, which any loader reads. report.json,
+    The directory holds dense float32 files with zeros in them, which any loader reads; with
+    --format packed codes, zeros among them, as scripts/quantize.py writes them. report.json,
     report.txt and report.png say how many there are, and what each matrix lost.
 
     Args:
@@ -89,6 +94,8 @@ def main(
         elsa, elsa_l, and retrain of a magnitude mask).
       format: Of what stays, a name in lowbit_jax.numerics.PRESETS in lower case, sparsegpt alone;
         None: not quantized.
+      store: With a format: codes, all else in bfloat16; or floats, the weights at their quantized
+        values in float32.
       damping: Of the Hessian, sparsegpt alone.
       mask: What retrain prunes by before it trains.
       steps: Of the training.
@@ -130,7 +137,7 @@ def main(
             "learning_rates": learning_rates, "strengths": strengths, "text": text,
             "samples": samples, "length": length, "batch_size": batch_size,
             "max_tokens": max_tokens, "seed": seed, "tokenizer": tokenizer, "dtype": dtype,
-            "recompute": recompute,
+            "recompute": recompute, "store": "floats" if format is None else store,
         }  # fmt: skip
         if is_written(out, kept, arguments):
             return finish(out, kept, removes=work is None)
@@ -180,9 +187,11 @@ def main(
             settings["loss_held_out_before"] = mean_loss(llama, loaded.params, validation)
         kept.mkdir(parents=True, exist_ok=True)
         save_sparse_report(kept, pruned, how.pattern, settings)
-        save_pretrained(
-            out, loaded.model, pruned.params, tokenizer=carried, metadata=loaded.metadata
-        )
+        rest = {"tokenizer": carried, "metadata": loaded.metadata}
+        if pruned.coded is not None and store == "codes":
+            save_quantized(out, loaded.model, pruned.coded, **rest)
+        else:
+            save_pretrained(out, loaded.model, pruned.params, **rest)
         return finish(out, kept, removes=work is None)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -209,7 +218,7 @@ def progress(bar: Progress, how: SparseMethod, blocks: int) -> Callbacks:
 def finish(out: pathlib.Path, kept: pathlib.Path, *, removes: bool) -> int:
     finish_reports(kept, out, removes=removes)
     print((out / "report.txt").read_text(), end="")
-    print(f"wrote {out}")
+    print(f"wrote {out}" + (f": {describe_directory(out)}" if is_quantized_directory(out) else ""))
     return 0
 
 

@@ -31,7 +31,12 @@ from lowbit_jax.ptq.descent import Diverged, Keep, Record
 from lowbit_jax.ptq.elsa import ElsaSettings, prune_by_elsa, retrain
 from lowbit_jax.ptq.hessian import Hessian
 from lowbit_jax.ptq.magnitude import magnitude
-from lowbit_jax.ptq.methods import bits_per_weight, quantized_params
+from lowbit_jax.ptq.methods import (
+    Method,
+    bits_per_weight,
+    quantized_model,
+    quantized_params,
+)
 from lowbit_jax.ptq.sparsegpt import sparsegpt
 from lowbit_jax.ptq.wanda import wanda
 from lowbit_jax.ptq.windows import language_model_loss, mean_loss
@@ -215,12 +220,15 @@ class Pruned(NamedTuple):
       reports: Of the matrices that were solved for calibration tokens.
       records: Of the training.
       bits_per_weight: Of the quantized ones, codes and scales without the mask; else None.
+      coded: Of the quantized ones the parameters with a `CodedWeight` for each matrix, as
+        `quantized_model` gives them; else None.
     """
 
     params: PyTree
     reports: tuple[MatrixReport, ...]
     records: tuple[Record, ...]
     bits_per_weight: float | None
+    coded: PyTree | None = None
 
 
 class Callbacks(NamedTuple):
@@ -397,12 +405,12 @@ def _solved(model, params, method, calibration, folder, settings, on) -> Pruned:
     ):
         blocks.append(block)
         on.block(block)
-    return Pruned(
-        quantized_params(params, blocks, compression),
-        tuple(report for block in blocks for report in block.reports),
-        (),
-        None if first.spec is None else bits_per_weight(blocks),
-    )
+    reports = tuple(report for block in blocks for report in block.reports)
+    pruned = Pruned(quantized_params(params, blocks, compression), reports, (), None)
+    if first.spec is None:
+        return pruned
+    _, coded = quantized_model(model, params, blocks, Method("rtn", first.spec))
+    return pruned._replace(bits_per_weight=bits_per_weight(blocks), coded=coded)
 
 
 def _without_inputs(params: PyTree, method: SparseMethod) -> PyTree:

@@ -91,7 +91,8 @@ def save_sparse_report(
         parts.append(f"held-out loss {before:.4f} before pruning, after it {', '.join(found)}")
     parts.append(sparsity_table(pruned.params))
     if pruned.bits_per_weight is not None:
-        parts.append(f"{pruned.bits_per_weight:.3f} bits a weight, mask aside,{AS_FLOATS}")
+        note = AS_FLOATS if settings.get("store") == "floats" else ""
+        parts.append(f"{pruned.bits_per_weight:.3f} bits a weight, zeros among the codes{note}")
     _plot(folder / REPORTS[1], pruned)
     (folder / REPORTS[0]).write_text(json.dumps(record, indent=1) + "\n")
     (folder / REPORTS[2]).write_text("\n\n".join(parts) + "\n")

@@ -151,7 +151,7 @@ def test_flags_of_prune(load, tmp_path, capsys, method, flag, value, field):
 
 
 def test_prune_writes_the_tokenizer_and_metadata(load, tmp_path, capsys):
-    pruned = types.SimpleNamespace(bits_per_weight=16.0, params={})
+    pruned = types.SimpleNamespace(bits_per_weight=16.0, params={}, coded=None)
     stubs = {"prune_model": pruned, "save_sparse_report": None}
     _, options = prune(load, tmp_path, capsys, stubs, ["save_pretrained"], "sparsegpt")
     assert options["tokenizer"] == LOADED.tokenizer_path

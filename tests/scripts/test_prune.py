@@ -16,7 +16,9 @@ from flax import linen as nn
 
 from lowbit_jax.models import Llama, LlamaConfig
 from lowbit_jax.models.pretrained import load_pretrained, save_pretrained
+from lowbit_jax.ops import CodedWeight
 from lowbit_jax.ptq import finished
+from lowbit_jax.ptq.quantized_directory import load_quantized
 
 ROOT = pathlib.Path(__file__).parents[2]
 WINDOWS = {"tokenizer": "bytes", "samples": 4, "length": 32, "batch_size": 2}
@@ -57,6 +59,25 @@ def test_without_a_text_magnitude_keeps_two_of_four(folder, tmp_path, capsys):
     assert record["sparsity"] == {path: [0.5, 0.5] for path in record["sparsity"]}
     assert len(record["sparsity"]) == 7
     assert not (tmp_path / "out.work").exists()
+
+
+def test_what_stays_is_written_as_codes_or_as_floats_of_their_values(folder, tmp_path, capsys):
+    loaded = {}
+    for store in ("codes", "floats"):
+        out = tmp_path / store
+        text = (str(folder / "text.txt"),)
+        how = {"pattern": "2:4", "format": "mxfp4", "store": store, "text": text, **WINDOWS}
+        assert prune(folder / "model", out, "sparsegpt", **how) == 0
+        printed = capsys.readouterr().out
+        assert "4.250 bits a weight, zeros among the codes" in printed
+        assert ("4.250 bits a weight on disk" in printed) == (store == "codes")
+        assert ("written are float32" in printed) == (store == "floats")
+        load = load_pretrained if store == "floats" else load_quantized
+        loaded[store] = load(out, "float32", on_host=True).params["layers"]
+    for part, name in (("attention", "v_proj"), ("mlp", "down_proj")):
+        floats, codes = (loaded[store][part][name]["weight"] for store in ("floats", "codes"))
+        np.testing.assert_array_equal(jax.jit(CodedWeight.dequantized)(codes), floats)
+        assert ((floats.reshape(-1, 4) == 0).sum(1) >= 2).all()
 
 
 def test_elsa_says_what_it_did_and_a_killed_command_is_given_once_more(folder, tmp_path, capsys):
