@@ -104,7 +104,7 @@ def main(
         return 2
     print(found)
     if products:
-        print(f"products: {products}" + (f"; the kernel: {obstacle}" if obstacle else ""))
+        print(f"products: {products}" + (f"; mixed_matmul: {obstacle}" if obstacle else ""))
     return 0
 
 

@@ -72,8 +72,7 @@ def main(
       rotation: Block of a Hadamard transform before the solver; None: none, of mr_gptq its own.
       activations: Format of the inputs of all products, while the model is calibrated and of the
         model that is written; None: not quantized.
-      transform_dtype: Of the transforms of wush and wush_rtn; in bfloat16 they take half the bits
-        and cost nothing that was measured.
+      transform_dtype: Of the transforms of wush and wush_rtn; in bfloat16 they take half the bits.
       store: codes, or floats: the weights at their quantized values, in the original basis and in
         float32, which any loader of float models reads; inputs are then not quantized.
       rest_dtype: Of what is not quantized, beside codes: embedding, head, norms and biases.

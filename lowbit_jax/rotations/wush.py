@@ -148,6 +148,9 @@ def wush_of_factor(
     # this; S as the lengths of V^T y, which have the accuracy that roots of eigenvalues lose.
     _, v = jnp.linalg.eigh(jnp.matmul(y, y.swapaxes(-1, -2), precision="highest"))
     v = v[..., ::-1]  # the largest first
+    # Eigenvectors have no sign, and H mixes them: the same one on every device.
+    largest = jnp.take_along_axis(v, jnp.argmax(jnp.abs(v), axis=-2, keepdims=True), axis=-2)
+    v = jnp.where(largest < 0, -v, v)
     s = jnp.linalg.norm(jnp.matmul(v.swapaxes(-1, -2), y, precision="highest"), axis=-1)
     mean = jnp.mean(s, axis=-1, keepdims=True)
     s = jnp.where(mean == 0, 1, s + damping * mean)
