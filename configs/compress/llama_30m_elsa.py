@@ -14,7 +14,7 @@ from lowbit_jax.bench.compression_rows import Table, elsa_rows
 # times the steps. The more zeros, the more there is to move.
 _FEW = (1.25e-4, 2.5e-4, 5e-4)
 _MANY = (2.5e-4, 5e-4, 1e-3)
-_TRAINING = {
+_SEARCHES = {
     "0%": (_FEW, ()),
     "50%": (_FEW, (1e-2, 1e-1)),
     "60%": (_FEW, (5e-3, 5e-2)),
@@ -39,12 +39,8 @@ def get_table(
       seeds: Of the batches, and of the windows for the masks; with one, orderings stay open.
       steps: At each learning rate, of 32 x 512 tokens.
     """
-    training = {
-        pattern: {"steps": steps, "learning_rates": rates, "strengths": strengths}
-        for pattern, (rates, strengths) in _TRAINING.items()
-    }
     return Table(
-        rows=tuple(elsa_rows(__file__, training, seeds=seeds)),
+        rows=tuple(elsa_rows(__file__, _SEARCHES, steps=steps, seeds=seeds)),
         name="Llama 30M",
         model=model,
         text=text,

@@ -16,7 +16,7 @@ from lowbit_jax.bench.compression_rows import Table, elsa_rows
 # 8)e-4 retraining chose the last at 80 and 90 % by far.
 _FEW = (1e-4, 2e-4, 4e-4)
 _MANY = (8e-4, 1.6e-3, 3.2e-3)
-_TRAINING = {
+_SEARCHES = {
     "0%": ((5e-5, 1e-4, 2e-4), ()),
     "50%": (_FEW, (1e-2,)),
     "60%": (_FEW, (5e-3,)),
@@ -41,12 +41,8 @@ def get_table(
       seeds: Of the batches, and of the windows for the masks; with one, orderings stay open.
       steps: At each learning rate, of 8 x 512 tokens.
     """
-    training = {
-        pattern: {"steps": steps, "learning_rates": rates, "strengths": strengths}
-        for pattern, (rates, strengths) in _TRAINING.items()
-    }
     return Table(
-        rows=tuple(elsa_rows(__file__, training, seeds=seeds)),
+        rows=tuple(elsa_rows(__file__, _SEARCHES, steps=steps, seeds=seeds)),
         name="SmolLM2-135M-Instruct (Q4_1)",
         model=model,
         text=text,

@@ -282,20 +282,31 @@ def language_model_rows(
 
 
 def elsa_rows(
-    config: str, training: Mapping[str, Mapping[str, Any]], *, seeds: int = 1
+    config: str,
+    searches: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    steps: int,
+    seeds: int = 1,
 ) -> list[Row]:
     """Elsa beside SparseGPT and the retrained mask of SparseGPT, all at each pattern.
 
     Args:
       config: File of the table.
-      training: See `sparsity_rows`; its keys are the patterns, of which "0%" is the dense model,
-        trained on as long as Elsa.
+      searches: By pattern the learning rates that both try, and the strengths of Elsa. "0%" is the
+        dense model, trained on as long as Elsa.
+      steps: At each of them.
       seeds: Of the batches, and of the windows for the masks.
     """
+    training = {
+        pattern: {"steps": steps, "learning_rates": rates, "strengths": strengths}
+        for pattern, (rates, strengths) in searches.items()
+    }
     how: dict[str, Any] = {"training": training, "seeds": seeds, "trained_seeds": seeds}
-    rows = [base_row(config), *sparsity_rows(config, ("0%",), methods=("retrain",), **how)]
-    patterns = [pattern for pattern in training if pattern != "0%"]
-    return rows + sparsity_rows(config, patterns, methods=("sparsegpt", "retrain", "elsa"), **how)
+    rows = [base_row(config)]
+    for pattern in searches:
+        methods = ("retrain",) if pattern == "0%" else ("sparsegpt", "retrain", "elsa")
+        rows += sparsity_rows(config, (pattern,), methods=methods, **how)
+    return rows
 
 
 def run_order(rows: Sequence[Row]) -> list[tuple[Row, int]]:

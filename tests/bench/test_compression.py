@@ -86,8 +86,10 @@ def test_rows_have_their_seeds_and_run_in_order_of_cost():
         seeds=2,
     )
     assert len(rows) == 2 + 2 * 2 * 6 + 6 + 3
-    trained = elsa_rows("t.py", {p: {"steps": 4} for p in ("0%", "50%")})
+    trained = elsa_rows("t.py", {"0%": ((1e-3,), ()), "50%": ((1e-3,), (0.1, 0.2))}, steps=4)
     assert len(trained) == 1 + 1 + 3
+    assert trained[-1].arguments["strengths"] == (0.1, 0.2)
+    assert trained[-1].arguments["steps"] == 4
     rows += trained[1:]
     by_name = {row.name: row for row in rows}
     assert len(by_name) == len(rows)
