@@ -2,8 +2,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowbit_jax.numerics import QuantSpec, integer
 from lowbit_jax.ptq.entropy_coded import hptq, huffman_bits
+from lowbit_jax.ptq.gptq import gptq
 from lowbit_jax.ptq.hessian import layer_error
+from lowbit_jax.ptq.rtn import rtn
 
 SIZE, TOKENS = 256, 2048
 
@@ -32,6 +35,17 @@ def test_layer_errors_are_those_of_an_independent_implementation():
         np.testing.assert_array_equal(  # Exact: no error is passed on.
             nearest.integers, np.round(np.asarray(w) / np.asarray(nearest.scale))
         )
+
+
+@pytest.mark.parametrize(("bits", "nearest", "solved"), [(3, 0.131, 0.026), (4, 0.0265, 0.00515)])
+def test_a_code_loses_a_fifth_of_what_clipped_integers_of_as_many_bits_lose(bits, nearest, solved):
+    w, matrix = layer(0)
+    spec = QuantSpec(integer(bits), 128)  # with its scales bits + 1/8
+    found = [float(solve(w, matrix, spec)[1].error) for solve in (rtn, gptq)]
+    # Statistical: as above.
+    np.testing.assert_allclose(found, (nearest, solved), rtol=0.15)
+    _, info = hptq(w, matrix, bits + 1 / 8)
+    assert float(info.error) < 0.2 * found[1] < 0.2 * found[0]
 
 
 @pytest.mark.parametrize(
