@@ -81,7 +81,7 @@ class Table:
     train_batch_size: int = 32
     dtype: str = "float32"
     train_dtype: str = "bfloat16"
-    expected_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    expected_s: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("calibration_tokens", "samples", "length", "batch_size", "eval_tokens",

@@ -192,7 +192,7 @@ class _Kind:
         )
 
 
-def _read_kind(path: pathlib.Path, found: Mapping[str, Any]) -> _Kind:
+def _read_kind(path: pathlib.Path, found: Any) -> _Kind:
     """That of the `quantization_config` of a directory."""
     if not isinstance(found, Mapping):
         raise ValueError(

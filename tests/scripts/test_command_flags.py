@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowbit_jax.models import Llama, LlamaConfig, llama_rules
+from lowbit_jax.models.pretrained import Pretrained
 from lowbit_jax.numerics.presets import MXFP4
 from lowbit_jax.ops.dot_recipe import DotRecipe
 from lowbit_jax.ptq.methods import Method, calibration_model
@@ -15,12 +16,7 @@ from lowbit_jax.rotations import Hadamard
 
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = Llama(LlamaConfig(257, 32, 2, 2, d_ff=64, dtype="float32"))
-LOADED = types.SimpleNamespace(
-    model=LLAMA,
-    params={},
-    tokenizer_path="tokenizer.json",
-    metadata={"max_position_embeddings": 256},
-)
+LOADED = Pretrained(LLAMA, {}, pathlib.Path("tokenizer.json"), {"max_position_embeddings": 256})
 
 
 class Calls(dict):
